@@ -23,7 +23,7 @@ setup(
     classifiers=lines("classifiers"),
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["fastrl_pipes", "fastrl_pipes.*"]),
-    package_data={"fastrl_pipes": ["py.typed"]},
+    package_data={"fastrl_pipes": ["py.typed", "presets/*.yaml"]},
     install_requires=lines("requirements"),
     extras_require={k.removesuffix(suffix): lines(k) for k in cfg if k.endswith(suffix)},
     entry_points={"console_scripts": lines("console_scripts"),

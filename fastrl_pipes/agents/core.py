@@ -43,6 +43,7 @@ class SimpleModelRunner(Stage):
     def on_bind(self, context: Context) -> None:
         self.to(model_device(self.model))
         self._dtype, self._switch = model_dtype(self.model), mode_matters(self.model)
+        self._array_dtype = torch.zeros(0, dtype=self._dtype).numpy().dtype if self._dtype is not torch.bfloat16 else None
 
     def to(self, device: torch.device) -> None:
         self._device = None if device.type == "cpu" else device
@@ -54,17 +55,21 @@ class SimpleModelRunner(Stage):
         return item.replace(action=action) if is_step else action
 
     def _run(self, state):
-        first = state if isinstance(state, (np.ndarray, torch.Tensor)) else next(iter(_flat(state)))
-        with torch.inference_mode() if isinstance(first, np.ndarray) else torch.no_grad():
-            x = to_tensor(state, self._device, self._dtype)
+        numpy = isinstance(state, np.ndarray) or not any(isinstance(x, torch.Tensor) for x in _flat(state))
+        with torch.inference_mode() if numpy else torch.no_grad():
+            x = torch.from_numpy(state) if numpy and self._fits(state) else to_tensor(state, self._device, self._dtype)
             if self._switch and self.model.training:
                 with evaluating(self.model):
                     out = call_model(self.model, x)
             else:
                 out = call_model(self.model, x)
-            if isinstance(first, np.ndarray):
+            if numpy:
                 return out.numpy() if self._device is None else out.cpu().numpy()
         return out
+
+    def _fits(self, state):
+        "May the network take the array as it is?"
+        return self._device is None and isinstance(state, np.ndarray) and state.dtype is self._array_dtype
 
     def modules(self) -> dict[str, Any]:
         return {"model": self.model}

@@ -15,7 +15,7 @@ from .core import ActionClip, ActionScaler, ActionUnbatcher, AgentHead, NumpyCon
 from ..core import SimpleStep, evaluating, seed_everything
 from ..envs.spaces import action_size
 from ..envs.stepper import GymStepper
-from ..errors import message
+
 from ..exploration.comparison import ExplorationComparisonLogger
 from ..exploration.noise import OrnsteinUhlenbeck
 from ..learner.head import LearnerHead
@@ -36,7 +36,21 @@ from ..processors.dpg import ActorLossProcessor, CriticLossProcessor
 from ..processors.targets import SoftTargetUpdater, check_one_knob, get_target_model
 
 # %% auto #0
-__all__ = ['DDPGAgent', 'DDPGLearner', 'ddpg']
+__all__ = ['DDPGAgent', 'DDPGLearner', 'ddpg', 'Actor', 'Critic', 'ddpg_conv2d_block', 'init_xavier_uniform_weights',
+           'init_kaiming_normal_weights', 'init_uniform_weights', 'target_of', 'SimpleStep', 'evaluating',
+           'pipe_to_device', 'OrnsteinUhlenbeck', 'ExplorationComparisonLogger', 'ActionClip', 'ActionScaler',
+           'ActionUnbatcher', 'SimpleModelRunner', 'StepFieldSelector', 'NumpyConverter', 'AgentHead', 'Inlet',
+           'GymStepper', 'NStepper', 'NStepFlattener', 'NSkipper', 'FirstLastMerger', 'ExperienceReplay',
+           'CriticLossProcessor', 'ActorLossProcessor', 'BasicOptStepper', 'SoftTargetUpdater', 'get_target_model',
+           'LossCollector', 'EpisodeCollector', 'RollingTerminatedRewardCollector', 'EpocherCollector',
+           'BatchCollector', 'ProgressBarLogger', 'LearnerHead']
+
+# %% ../../nbs/agents/10_ddpg.ipynb #d4f22f07
+_all_ = ["Actor", "Critic", "ddpg_conv2d_block", "init_xavier_uniform_weights", "init_kaiming_normal_weights", "init_uniform_weights", "target_of",
+         "SimpleStep", "evaluating", "pipe_to_device", "OrnsteinUhlenbeck", "ExplorationComparisonLogger", "ActionClip", "ActionScaler", "ActionUnbatcher",
+         "SimpleModelRunner", "StepFieldSelector", "NumpyConverter", "AgentHead", "Inlet", "GymStepper", "NStepper", "NStepFlattener", "NSkipper",
+         "FirstLastMerger", "ExperienceReplay", "CriticLossProcessor", "ActorLossProcessor", "BasicOptStepper", "SoftTargetUpdater", "get_target_model",
+         "LossCollector", "EpisodeCollector", "RollingTerminatedRewardCollector", "EpocherCollector", "BatchCollector", "ProgressBarLogger", "LearnerHead"]
 
 # %% ../../nbs/agents/10_ddpg.ipynb #d2efda64
 def DDPGAgent(

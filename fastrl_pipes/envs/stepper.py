@@ -14,7 +14,7 @@ from gymnasium.vector.utils import create_empty_array
 from ..core import SimpleStep, map_leaves, spawn_seed, take_rows
 from .backends import make_backend
 from .spaces import action_map, action_size, random_actions
-from ..errors import Interrupted, check_number, check_shape, message, shape_of
+from ..errors import check_number, check_shape, message, shape_of
 from ..pipes.core import Context, Pipe
 
 # %% auto #0
@@ -83,8 +83,7 @@ class GymStepper(Pipe):
                 return step
             if valid.any():
                 return take_rows(step, valid)
-            if self.context.interrupted:
-                raise Interrupted(f"{self}: interrupted between two steps")
+            self.context.pause(str(self))
 
     def _advance(self):
         "The step of all rows, and which of them are true transitions (None: all)"
@@ -100,7 +99,7 @@ class GymStepper(Pipe):
         self.env_steps += real
         if self._recorder is not None:
             self._recorder.env_steps += real
-        self._ended = bool((terminated | truncated).any()) or valid is not None
+        self._ended = valid is not None or np.count_nonzero(terminated) + np.count_nonzero(truncated) > 0
         image = np.stack(backend.render()) if self.include_images else None
         return SimpleStep(state, action, next_state, reward, terminated, truncated, self._total, self._step_n, self._episode_n,
                           self._env_id, None, image, raw_action), valid

@@ -73,7 +73,7 @@ class Exploration(Stage):
         rows = len(action)
         if rows != self._rows:
             self._begin(action, rows)
-        elif is_step and item.step_n is not None and not item.step_n.all():
+        elif is_step and item.step_n is not None and np.count_nonzero(item.step_n) < rows:
             self.forget(item.step_n[:, 0] == 0)
         explored = self._disturbed(action, rows)
         self._count(rows)

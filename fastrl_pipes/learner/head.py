@@ -23,6 +23,7 @@ from ..envs.stepper import GymStepper
 from ..errors import CheckpointError, Interrupted, check_number, message, shape_of
 from .checkpoint import load_checkpoint, save_checkpoint
 from ..loggers.recorder import Logger, Recorder
+from ..memory.experience_replay import ReplaySampler
 from ..networks.calls import model_device, model_dtype
 from ..pipes.core import Context, Pipe, bind, named_modules, named_pipes, traverse
 from ..pipes.graph import describe, find_pipes, mermaid, pipe_to_device, probe, settings_in_words
@@ -111,8 +112,10 @@ class LearnerHead(Pipe):
         return self._fit(epochs, env_steps, stop)
 
     def _fit(self, epochs, env_steps, stop):
-        rows, until = [], None if env_steps is None else self.env_steps + env_steps
+        rows: list[dict[str, float]] = []
+        until = None if env_steps is None else self.env_steps + env_steps
         self.interrupted = self.context.interrupted = False
+        self.context.on_wait = self._waiting()
         self._tell("on_fit_start", {"name": str(self), "epochs": epochs, "batches": self.batches, "env_steps": env_steps, "recorder": self.recorder})
         try:
             with self._listening():
@@ -121,9 +124,11 @@ class LearnerHead(Pipe):
                     if self.context.interrupted:
                         break
                     rows.append(self.recorder.read())
+                    over = stop is not None and stop(rows[-1])
                     self._tell("on_epoch", rows[-1])
-                    if stop is not None and stop(rows[-1]):
+                    if over:
                         break
+                    self.recorder.start()  # what `stop` took is no training time
         finally:
             self._tell("on_fit_end", rows)
         if self.context.interrupted:
@@ -145,6 +150,17 @@ class LearnerHead(Pipe):
                     self._tell("on_batch", done, self.batches)
         except Interrupted:
             return
+
+    def _waiting(self):
+        "Tells the loggers how far the warm-up is, now and then"
+        total, shown = max((p.least for p in find_pipes(self, ReplaySampler)), default=0), time.perf_counter()
+
+        def on_wait():
+            nonlocal shown
+            if (now := time.perf_counter()) - shown > 0.05:
+                shown = now
+                self._tell("on_warm_up", self.env_steps, total)
+        return on_wait
 
     def _tell(self, hook, *args):
         for logger in self.loggers:

@@ -52,7 +52,10 @@ class ReplayMemory:
         return self.size
 
     def __repr__(self) -> str:
-        return f"ReplayMemory({self.max_sz} rows" + (f" of {self.layout.itemsize} bytes, {self.nbytes / 1e6:.1f} MB)" if self.layout else ")")
+        return f"ReplayMemory(max_sz={self.max_sz})"
+
+    def __str__(self) -> str:
+        return f"{self.max_sz} rows" + (f" of {self.layout.itemsize} bytes, {self.nbytes / 1e6:.1f} MB" if self.layout else ", not laid out yet")
 
     @property
     def nbytes(self) -> int:

@@ -9,7 +9,7 @@ import functools
 import inspect
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ class Context:
     recorder: Any = None  # where collectors write
     seed: int | None = None  # from which pipes derive their generators' seeds
     interrupted: bool = False  # a request to stop, read between two pulls
+    on_wait: Callable[[], None] | None = None  # called while a pipe pulls on because nothing came out yet (warm-up)
 
     def announce(
         self,
@@ -48,6 +49,16 @@ class Context:
             if known is not None and known != value:
                 raise ValueError(message(who, field, f"is {value}", f"{known}, which another pipe of the stack announced"))
             setattr(self, field, value)
+
+    def pause(
+        self,
+        who: str,  # the pipe that is about to pull again
+    ) -> None:
+        "Between two pulls that gave nothing: raises Interrupted where the run was asked to stop"
+        if self.interrupted:
+            raise Interrupted(f"{who}: interrupted between two items")
+        if self.on_wait is not None:
+            self.on_wait()
 
 # %% ../../nbs/pipes/00_core.ipynb #b39e04a8
 @functools.lru_cache(maxsize=None)
@@ -236,8 +247,7 @@ class Fan(Pipe):
                 if len(items) > 1:
                     self._pending.extend(items[1:])
                 return items[0]
-            if self.context.interrupted:
-                raise Interrupted(f"{self}: interrupted between two items")
+            self.context.pause(str(self))
 
     def forward(self, item: Any) -> tuple:
         "The work of the fan"

@@ -51,17 +51,18 @@ class NStepper(Fan):
             step = self._spread(step)
         self._items.append(step)
         windows = self._full()
-        done = np.asarray(step.terminated) | np.asarray(step.truncated)
-        if done.any():
+        if np.count_nonzero(step.terminated) or np.count_nonzero(step.truncated):
+            done = np.asarray(step.terminated) | np.asarray(step.truncated)
             windows += self._tails(done[:, 0] & (held > 0))
         return windows
 
     def _full(self):
         "The window of n steps, for the environments that have one"
         rows = self._held >= self.n
-        if rows.all():
+        full = np.count_nonzero(rows)
+        if full == len(rows):
             return (tuple(self._items),)
-        return (self._window(self.n, rows),) if rows.any() else ()
+        return (self._window(self.n, rows),) if full else ()
 
     def _tails(self, done):
         "The shorter windows that begin later in the episodes that ended"

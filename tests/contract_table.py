@@ -1,0 +1,412 @@
+"""How to build every pipe of the package, and what to feed it: the table behind `test_contract.py`.
+
+A pipe that is not here fails the suite. An entry says how the pipe is built over a source (`build`), what comes in
+(`feed`), which networks it works with (`parts`), and, where `forward` cannot say it, how many items must have been
+pulled for k to come out (`pulls`)."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import nn
+
+from fastrl_pipes.agents.core import ActionClip, ActionScaler, ActionUnbatcher, AgentHead, NumpyConverter, SimpleModelRunner, StepFieldSelector
+from fastrl_pipes.core import MergedStep, SimpleStep, copied, leaves, map_leaves, take_rows, to_tensor
+from fastrl_pipes.envs.debug import Goal
+from fastrl_pipes.envs.doubles import CountingVector
+from fastrl_pipes.envs.episodes import EpisodeStepper
+from fastrl_pipes.envs.stepper import GymStepper
+from fastrl_pipes.exploration.comparison import ExplorationComparisonLogger
+from fastrl_pipes.exploration.noise import Exploration, GaussianNoise, OrnsteinUhlenbeck
+from fastrl_pipes.learner.head import LearnerHead
+from fastrl_pipes.learner.optimizers import BasicOptStepper
+from fastrl_pipes.loggers.collectors import BatchCollector, EpisodeCollector, EpocherCollector, LossCollector, RollingTerminatedRewardCollector
+from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayMemory, ReplaySampler, ReplayWriter
+from fastrl_pipes.networks.actor_critic import Actor, Critic
+from fastrl_pipes.networks.targets import target_of
+from fastrl_pipes.pipes.control import Every, Inlet, Repeat, Take
+from fastrl_pipes.pipes.core import BaseNode, Fan, Foreign, IterableSource, Pipe, Stage
+from fastrl_pipes.pipes.graph import find_pipe
+from fastrl_pipes.pipes.nstep import FirstLastMerger, NSkipper, NStepFlattener, NStepper
+from fastrl_pipes.processors.core import LossProcessor
+from fastrl_pipes.processors.dpg import ActorLossProcessor, CriticLossProcessor
+from fastrl_pipes.processors.targets import SoftTargetUpdater
+
+S, A, ROWS, BS = 3, 2, 2, 4  # sizes that are all different, environments apart
+SEED = 5
+
+
+# --- what is fed -----------------------------------------------------------------------------------------------------
+class Lazy:
+    "An item that is made when it is pulled: a loss has to be computed with the parameters of that moment"
+
+    def __init__(self, make: Callable[[], Any]):
+        self.make = make
+
+
+def fresh(item: Any) -> Any:
+    "An item with memory of its own"
+    return item.make() if isinstance(item, Lazy) else copied(item)
+
+
+def ruin(item: Any) -> None:
+    "Overwrite every array of an item, as a source does that uses its buffers again"
+    parts = item.values() if type(item) is dict else [item]
+    for _, a in (leaf for part in parts for leaf in leaves(part)):
+        a = a.detach().numpy() if isinstance(a, torch.Tensor) else a
+        a[...] = ~a if a.dtype == bool else np.nan if a.dtype.kind == "f" else -77
+
+
+class Feed:
+    "An iterable that counts what is taken from it; with `poison`, what it handed out is overwritten at the next pull"
+
+    def __init__(self, items: list, poison: bool = False):
+        self.items, self.poison, self.taken, self.at, self._from = items, poison, 0, 0, 0
+
+    def __iter__(self) -> Iterator:
+        self.at, self._from = self._from, 0
+        last = None
+        while True:
+            if self.poison and last is not None:
+                ruin(last)
+            if self.at == len(self.items):
+                return
+            last = fresh(self.items[self.at])
+            self.at += 1
+            self.taken += 1
+            yield last
+
+    def state_dict(self) -> dict:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._from = state["at"]
+
+
+class Replayed(Feed):
+    "The same without state: it is resumed by taking items again"
+    load_state_dict = state_dict = property(lambda self: (_ for _ in ()).throw(AttributeError("none")))
+
+
+class ListNode(BaseNode):
+    "A node that is not ours"
+
+    def __init__(self, items: list):
+        super().__init__()
+        self.items = items
+
+    def reset(self, initial_state: dict | None = None):
+        super().reset(initial_state)
+        self.at = 0 if initial_state is None else initial_state["at"]
+
+    def next(self) -> Any:
+        if self.at == len(self.items):
+            raise StopIteration
+        self.at += 1
+        return self.items[self.at - 1]
+
+    def get_state(self) -> dict:
+        return {"at": self.at}
+
+
+def env_steps(n: int = 14, rows: int = ROWS, lengths=(4, 3), bare: bool = False) -> list[SimpleStep]:
+    "Steps of `rows` environments whose episodes have these lengths, and end by either flag in turn; NumPy"
+    rng, steps = np.random.default_rng(0), []
+    t, episode, total = np.zeros(rows, int), np.zeros(rows, int), np.zeros(rows)
+    length = np.resize(lengths, rows)
+    state = rng.standard_normal((rows, S)).astype(np.float32)
+    for _ in range(n):
+        reward = rng.standard_normal((rows, 1)).astype(np.float32)
+        t, total = t + 1, total + reward[:, 0]
+        over, by_flag = t == length, episode % 2 == 0
+        after = rng.standard_normal((rows, S)).astype(np.float32)
+        steps.append(SimpleStep(state=state, action=rng.uniform(-1.5, 1.5, (rows, A)).astype(np.float32), next_state=after, reward=reward,
+                                terminated=(over & by_flag)[:, None], truncated=(over & ~by_flag)[:, None], total_reward=total[:, None].copy(),
+                                step_n=t[:, None].copy(), episode_n=episode[:, None].copy(), env_id=np.arange(rows)[:, None]))
+        t, total, episode = np.where(over, 0, t), np.where(over, 0.0, total), episode + over
+        state = np.where(over[:, None], rng.standard_normal((rows, S)), after).astype(np.float32)
+    return steps
+
+
+def to_act_on(n: int = 10, **settings: Any) -> list[SimpleStep]:
+    "What a stepper gives to its agent: states, and counts that are 0 where an episode begins; no action yet"
+    return [SimpleStep(state=s.state, step_n=s.step_n - 1, episode_n=s.episode_n, env_id=s.env_id) for s in env_steps(n, **settings)]
+
+
+def acted(n: int = 10, **settings: Any) -> list[SimpleStep]:
+    "The same with actions"
+    return [a.replace(action=s.action) for a, s in zip(to_act_on(n, **settings), env_steps(n, **settings))]
+
+
+def as_torch(items: list) -> list:
+    return [to_tensor(item) for item in items]
+
+
+def actions(n: int = 10) -> list[np.ndarray]:
+    return [s.action for s in env_steps(n)]
+
+
+def windows(n: int = 12) -> list[tuple]:
+    "What `NStepper(3)` makes of steps, loose steps in between"
+    made = list(map(copied, NStepper(env_steps(n), 3)))
+    return made[:4] + env_steps(1) + made[4:]
+
+
+def with_gaps() -> list[SimpleStep]:
+    "Steps that lack an environment now and then, between its episodes"
+    steps = env_steps(9, lengths=(4, 3))
+    return [take_rows(s, np.array([False, True])) if i == 4 else s for i, s in enumerate(steps)][:5] + env_steps(12)[8:]
+
+
+def batches(n: int = 6) -> list[SimpleStep]:
+    "Learning batches, tensors; every other one with its own discount"
+    g, made = torch.Generator().manual_seed(2), []
+    for i in range(n):
+        end = torch.rand(BS, 1, generator=g)
+        s = SimpleStep(state=torch.randn(BS, S, generator=g), action=torch.rand(BS, A, generator=g) * 2 - 1, next_state=torch.randn(BS, S, generator=g),
+                       reward=torch.randn(BS, 1, generator=g), terminated=end < 0.3, truncated=end > 0.8)
+        made.append(MergedStep(*SimpleStep._values(s), discount=torch.full((BS, 1), 0.81)) if i % 2 else s)
+    return made
+
+
+def losses_and_batches(parts: SimpleNamespace, n: int = 5) -> list:
+    "A loss of the critic, a loss of the actor, a loss of nobody in particular, and their batch"
+    items: list = []
+    for b in batches(n):
+        items += [Lazy(lambda b=b: {"loss": parts.critic(b.state, b.action).square().mean(), "model": parts.critic}),
+                  Lazy(lambda b=b: {"loss": parts.actor(b.state).square().mean(), "model": parts.actor}),
+                  Lazy(lambda b=b: {"loss": (parts.critic(b.state, b.action) - 1).square().mean()}), b]
+    return items
+
+
+def numbers(n: int = 40) -> list[dict]:
+    "Loss dictionaries that need no network, and a batch after every third"
+    return [item for i in range(n) for item in ([{"loss": torch.tensor(float(i) / 3)}] + batches(1) * (i % 3 == 0))]
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+def networks() -> SimpleNamespace:
+    "Small networks with batch norm, the same ones at each call"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        last = lambda m: nn.init.uniform_(m.weight, -0.3, 0.3)  # noqa: E731
+        actor, critic = (net(S, A, 6, 5, batch_norm=True, final_layer_init_fn=last) for net in (Actor, Critic))
+    return SimpleNamespace(actor=actor, critic=critic, t_actor=target_of(actor), t_critic=target_of(critic))
+
+
+class Plain(nn.Module):
+    "No batch norm, no activation: `[B, S] -> [B, A]`"
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(S, A)
+        nn.init.constant_(self.layer.weight, 0.25)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, state):
+        return self.layer(state)
+
+
+# --- pipes that only this suite has ----------------------------------------------------------------------------------
+class Through(Stage):
+    "Feeds an acting chain with what comes in, so that a chain can be pulled like any stack"
+    SOURCES = ("source", "chain")
+
+    def __init__(self, source: Any, chain: Pipe, name: str | None = None):
+        super().__init__(source, name)
+        self.chain, self.inlet = chain, find_pipe(chain, Inlet)
+
+    def forward(self, item: Any) -> Any:
+        self.inlet.item = item
+        return self.chain.next()
+
+
+def through(make: Callable[[Pipe], Pipe]) -> Callable:
+    "`build` for a chain"
+    return lambda source, parts: Through(source, make(Inlet()))
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+BOX = spaces.Box(np.float32([-3, 100]), np.float32([11, 101]))
+NOTHING = SimpleNamespace
+
+
+@dataclass
+class Entry:
+    "One way to use a pipe"
+    build: Callable[[Any, SimpleNamespace], Pipe]  # (source, parts) -> a stack whose head, or whose inside, is the pipe
+    feed: Callable[[SimpleNamespace], list] | None = field(default=lambda parts: env_steps())  # parts -> items; None: a source
+    parts: Callable[[], SimpleNamespace] = NOTHING  # networks, made anew and equal at each call
+    pulls: Callable[[int], int] | None = None  # k -> items pulled for k to come out; None: `forward` says it
+    count: int = 14  # items that are looked at, at most
+    ends: str = ""  # why items that it does not understand do not come out: it is a head
+    exact: bool = True  # False: resumed at the boundary of episodes
+    context: dict[str, Any] = field(default_factory=dict)  # what else is known at bind
+    binds_itself: bool = False  # heads do
+    foreign: Callable[[SimpleNamespace], list] = lambda parts: []  # more items that it has to let pass
+
+
+def entry(make: Callable, feed: Callable = env_steps, **more: Any) -> Entry:
+    "An entry without networks: `make(source)`"
+    return Entry(lambda source, parts: make(source), lambda parts: feed(), **more)
+
+
+def learning(make: Callable, feed: Callable = lambda parts: batches(), **more: Any) -> Entry:
+    "An entry with networks: `make(source, parts)`"
+    return Entry(make, feed, networks, **more)
+
+
+def _filled() -> ReplayMemory:
+    memory = ReplayMemory(20)
+    for step in env_steps(6):
+        memory.write(step)
+    return memory
+
+
+def _pairs(n: int = 8) -> list:
+    return [(s, s.replace(action=s.action / 2)) for s in acted(n)] + [(a, a / 2) for a in actions(3)]
+
+
+def _delayed(source, p):
+    "TD3's delayed policy update"
+    return Every(source, 2, lambda inlet: BasicOptStepper(LossCollector(ActorLossProcessor(inlet, p.critic, p.actor)), p.actor, 1e-2, filter=True))
+
+
+def _agent(chain: Pipe) -> AgentHead:
+    return AgentHead(ActionScaler(ActionClip(OrnsteinUhlenbeck(chain, max_steps=30))))
+
+
+def _model_agent() -> AgentHead:
+    return _agent(SimpleModelRunner(Inlet(), Plain()))
+
+
+def _learner(source, p):
+    pipe = BasicOptStepper(CriticLossProcessor(source, p.critic, p.t_actor, p.t_critic), p.critic, 1e-2)
+    return LearnerHead(SoftTargetUpdater(pipe, p.critic, tau=0.1, target_model=p.t_critic), batches=3, loggers=[])
+
+
+GOAL = partial(Goal, size=A, length=5)  # observation [2 A]
+GOAL_SZ = 2 * A
+
+
+class Pursuit(nn.Module):
+    "Plain, for `Goal`"
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, state):
+        return self.gain * (state[:, A:] - state[:, :A])
+
+
+def _pursuer(noise: bool = True) -> AgentHead:
+    chain = SimpleModelRunner(Inlet(), Pursuit())
+    return _agent(chain) if noise else AgentHead(ActionScaler(ActionClip(chain)))
+
+
+ABSTRACT = {Pipe, Stage, Fan, Exploration, LossProcessor}  # bases: nobody puts them into a stack
+
+TABLE: dict[type, dict[str, Entry]] = {
+    IterableSource: {"stateful": entry(IterableSource, pulls=lambda k: k),
+                     "replayed": entry(lambda feed: IterableSource(Replayed(feed.items)), pulls=lambda k: k),
+                     "list": entry(lambda feed: IterableSource(feed.items), pulls=lambda k: k)},
+    Foreign: {"": entry(lambda feed: Foreign(ListNode(feed.items)), pulls=lambda k: k)},
+    Inlet: {"": Entry(through(lambda inlet: inlet))},
+    Every: {"swallows": entry(lambda s: Every(s, 2, lambda inlet: NSkipper(inlet, 2))),
+            "multiplies": entry(lambda s: Every(s, 3, lambda inlet: Repeat(inlet, 2))),
+            "nested": entry(lambda s: Every(s, 2, lambda inlet: Every(inlet, 2, lambda i: ActionClip(i, -0.5, 0.5), name="inner"), name="outer")),
+            "learns": learning(_delayed)},
+    Repeat: {"": entry(lambda s: Repeat(s, 3), pulls=lambda k: -(-k // 3)), "once": entry(lambda s: Repeat(s, 1), pulls=lambda k: k)},
+    Take: {"": entry(lambda s: Take(s, 1000), pulls=lambda k: k), "few": entry(lambda s: Take(s, 5), pulls=lambda k: k, ends="it counts items of any kind")},
+    NStepper: {"": entry(lambda s: NStepper(s, 3)), "one": entry(lambda s: NStepper(s, 1)),
+               "gaps": entry(lambda s: NStepper(s, 2), with_gaps, context={"rows": ROWS})},
+    NSkipper: {"steps": entry(lambda s: NSkipper(s, 2)), "windows": entry(lambda s: NSkipper(s, 2), windows)},
+    FirstLastMerger: {"": entry(lambda s: FirstLastMerger(s, 0.9), windows)},
+    NStepFlattener: {"": entry(NStepFlattener, windows)},
+    GymStepper: {"random": Entry(lambda _, p: GymStepper(GOAL, n=2, seed=SEED), None, exact=False),
+                 "acts": Entry(lambda _, p: GymStepper(GOAL, _pursuer(), 2, seed=SEED, random_steps=4), None, exact=False),
+                 "one": Entry(lambda _, p: GymStepper(GOAL, _pursuer(), 1, seed=SEED), None, exact=False),
+                 "vector": Entry(lambda _, p: GymStepper(CountingVector(3), seed=SEED), None, exact=False)},
+    EpisodeStepper: {"": Entry(lambda _, p: EpisodeStepper(GOAL, _pursuer(noise=False), episodes=5, seed=SEED, n=2), None, exact=False)},
+    ReplayWriter: {"": entry(lambda s: ReplayWriter(s, ReplayMemory(11)))},
+    ReplaySampler: {"offline": entry(lambda s: ReplaySampler(s, _filled(), BS))},
+    ExperienceReplay: {"": entry(lambda s: ExperienceReplay(s, BS, 12, warmup=7)),
+                       "repeated": entry(lambda s: ExperienceReplay(s, BS, 12, repeat=2), pulls=lambda k: 1 + -(-k // 2)),
+                       "double": entry(lambda s: ExperienceReplay(s, BS, 12), context={"dtype": torch.float64})},
+    OrnsteinUhlenbeck: {"steps": entry(lambda s: OrnsteinUhlenbeck(s, A, max_steps=15), acted),
+                        "arrays": entry(lambda s: OrnsteinUhlenbeck(s, mu=0.3), actions),
+                        "tensors": entry(OrnsteinUhlenbeck, lambda: as_torch(acted())),
+                        "pairs": entry(lambda s: OrnsteinUhlenbeck(s, ret_original=True), acted)},
+    GaussianNoise: {"": entry(lambda s: GaussianNoise(s, min_epsilon=0.1, max_steps=15), acted)},
+    ExplorationComparisonLogger: {"": entry(ExplorationComparisonLogger, _pairs), "few": entry(lambda s: ExplorationComparisonLogger(s, keep=3), _pairs)},
+    SimpleModelRunner: {"numpy": learning(lambda s, p: SimpleModelRunner(s, p.actor), lambda p: to_act_on()),
+                        "torch": learning(lambda s, p: SimpleModelRunner(s, p.actor), lambda p: as_torch(to_act_on())),
+                        "bare": learning(lambda s, p: SimpleModelRunner(s, p.actor), lambda p: [x.state for x in to_act_on()])},
+    ActionClip: {"steps": entry(lambda s: ActionClip(s, -0.5, 0.5), acted), "tensors": entry(ActionClip, lambda: as_torch(actions()))},
+    ActionUnbatcher: {"": entry(ActionUnbatcher, lambda: acted(rows=1)), "bare": entry(ActionUnbatcher, lambda: [a[:1] for a in actions()])},
+    StepFieldSelector: {"": entry(lambda s: StepFieldSelector(s, "action"), acted),
+                        "nested": entry(StepFieldSelector, lambda: [s.replace(state={"a": s.state, "b": (s.action,)}) for s in acted()])},
+    NumpyConverter: {"": entry(NumpyConverter, lambda: as_torch(acted())), "bare": entry(NumpyConverter, lambda: as_torch(actions()))},
+    ActionScaler: {"": entry(ActionScaler, acted, context={"action_space": BOX}), "unbound": entry(ActionScaler, acted)},
+    AgentHead: {"": Entry(through(lambda inlet: _agent(inlet)), lambda p: acted(), context={"action_space": BOX}),
+                "learned": learning(lambda s, p: Through(s, AgentHead(OrnsteinUhlenbeck(SimpleModelRunner(Inlet(), p.actor)))), lambda p: to_act_on())},
+    CriticLossProcessor: {"": learning(lambda s, p: CriticLossProcessor(s, p.critic, p.t_actor, p.t_critic)),
+                          "nsteps": learning(lambda s, p: CriticLossProcessor(s, p.critic, p.t_actor, p.t_critic, nsteps=3, loss=nn.SmoothL1Loss))},
+    ActorLossProcessor: {"": learning(lambda s, p: ActorLossProcessor(s, p.critic, p.actor)),
+                         "clipped": learning(lambda s, p: ActorLossProcessor(s, p.critic, p.actor, 0.01))},
+    BasicOptStepper: {"": learning(lambda s, p: BasicOptStepper(s, p.critic, 1e-2), losses_and_batches,
+                                   foreign=lambda p: [{"loss": torch.ones(()), "model": p.actor}]),
+                      "filters": learning(lambda s, p: BasicOptStepper(s, p.critic, 1e-2, filter=True), losses_and_batches),
+                      "momentum": learning(lambda s, p: BasicOptStepper(s, p.critic, 1e-2, partial(torch.optim.SGD, momentum=0.9)), losses_and_batches),
+                      "adds up": learning(lambda s, p: BasicOptStepper(s, p.critic, 1e-2, do_zero_grad=False), losses_and_batches)},
+    SoftTargetUpdater: {"": learning(lambda s, p: SoftTargetUpdater(s, p.critic, tau=0.1, target_model=p.t_critic)),
+                        "own, every 3": learning(lambda s, p: SoftTargetUpdater(s, p.critic, 3, 1.0))},
+    EpisodeCollector: {"": entry(EpisodeCollector)},
+    RollingTerminatedRewardCollector: {"": entry(lambda s: RollingTerminatedRewardCollector(s, 3))},
+    BatchCollector: {"": entry(BatchCollector, batches)},
+    EpocherCollector: {"": entry(EpocherCollector, batches), "batches": entry(lambda s: EpocherCollector(s, 2), batches)},
+    LossCollector: {"": entry(LossCollector, numbers, count=60), "filters": entry(lambda s: LossCollector(s, filter=True), numbers)},
+    LearnerHead: {"": learning(_learner, pulls=lambda k: k, ends="a head hands on batches only", binds_itself=True)},
+}
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+def kept(item: Any) -> Any:
+    "An item as it is now"
+    return {k: v if isinstance(v, nn.Module) else copied(v) for k, v in item.items()} if type(item) is dict else copied(item)
+
+
+def difference(a: Any, b: Any, at: str = "item") -> str:
+    "Where two nests differ, to the bit; empty where they do not. Networks count as equal when their classes are"
+    if isinstance(a, nn.Module):
+        return "" if type(a) is type(b) else f"{at}: {type(a)} and {type(b)}"
+    if type(a) is not type(b):
+        return f"{at}: {type(a)} and {type(b)}"
+    if isinstance(a, (np.ndarray, torch.Tensor)):
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return f"{at}: {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
+        x, y = (np.ascontiguousarray(v.detach().numpy() if isinstance(v, torch.Tensor) else v).tobytes() for v in (a, b))
+        return "" if x == y else f"{at}: {a} and {b}"
+    if isinstance(a, SimpleStep):
+        if a.names() != b.names():
+            return f"{at}: fields {a.names()} and {b.names()}"
+        a, b = ({n: getattr(s, n) for n in s.names()} for s in (a, b))
+    if isinstance(a, dict):
+        if list(a) != list(b):
+            return f"{at}: keys {list(a)} and {list(b)}"
+        return next((d for k in a if (d := difference(a[k], b[k], f"{at}.{k}"))), "")
+    if isinstance(a, (tuple, list)):
+        if len(a) != len(b):
+            return f"{at}: {len(a)} and {len(b)} of them"
+        return next((d for i, (x, y) in enumerate(zip(a, b)) if (d := difference(x, y, f"{at}[{i}]"))), "")
+    return "" if a is b or a == b or (a != a and b != b) else f"{at}: {a!r} and {b!r}"
+
+
+__all__ = [n for n in dir() if n[0] != "_"] + ["map_leaves"]
