@@ -2,9 +2,11 @@
 
     python benchmarks/throughput_ddpg.py [--rounds 5] [--out benchmarks/results/throughput_ddpg.csv]
 
-Three rows, interleaved in one process: `ours` is `DDPGLearner` as a user makes it; `plain` is a loop in the manner of CleanRL's single-file scripts (a vector
-environment of one, a replay of separate arrays, `backward()` on every network, Polyak by a loop over parameters), written here; `limit` is the bare environment
-step plus the matrix products of the update, each timed at its own shape. Printed are steps per CPU second, medians over the rounds, and the two ratios.
+Interleaved in one process: `ours` is `DDPGLearner` as a user makes it; `plain` is a loop in the manner of CleanRL's single-file scripts (a vector
+environment of one, a replay of separate arrays, `backward()` on every network, Polyak by a loop over parameters), written here; `plain, flushed` is the same loop with denormal
+numbers taken for zero, as ours takes them. `limit` is the bare environment step plus the matrix products of the update, each at its own shape, one after the other with nothing in between; `limit, cold`
+times each product after 8 MB of other memory were touched (that time is left out), which is how an update meets its operands: optimizer moments, targets and activations pass between two uses of a
+weight. Printed are steps per CPU second, medians over the rounds, and ratios of the rounds.
 """
 
 from __future__ import annotations
@@ -116,7 +118,31 @@ def limit():
     return pull
 
 
-def rate(pull, n):
+def cold():
+    "The same, each product after other memory has passed; returns the seconds of the products and the step"
+    env = gym.make("Pendulum-v1", disable_env_checker=True)
+    env.reset(seed=0)
+    pairs, action, other = products(), np.zeros(1, np.float32), torch.zeros(2_000_000)
+    results = [a @ b for a, b in pairs]
+
+    def pull():
+        start = time.process_time()
+        if env.step(action)[3]:
+            env.reset()
+        seconds = time.process_time() - start
+        for (a, b), out in zip(pairs, results):
+            other.add_(1.0)
+            start = time.process_time()
+            torch.mm(a, b, out=out)
+            seconds += time.process_time() - start
+        return seconds
+    return pull
+
+
+def rate(name, pull, n):
+    torch.set_flush_denormal(name != "plain")
+    if name == "limit, cold":
+        return n / sum(pull() for _ in range(n))
     start = time.process_time()
     for _ in range(n):
         pull()
@@ -127,22 +153,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--warmup", type=int, default=1000, help="pulls before the first round")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    pulls = {"ours": ours(), "plain": plain(), "limit": limit()}
-    for pull in pulls.values():
-        rate(pull, 300)
+    pulls = {"ours": ours(), "plain": plain(), "plain, flushed": plain(), "limit": limit(), "limit, cold": cold()}
+    for name, pull in pulls.items():
+        rate(name, pull, args.warmup)
     rates = {name: [] for name in pulls}
     for _ in range(args.rounds):
         for name, pull in pulls.items():
-            rates[name].append(rate(pull, args.steps))
-    to_plain = [a / b for a, b in zip(rates["ours"], rates["plain"])]
-    to_limit = [a / b for a, b in zip(rates["ours"], rates["limit"])]
+            rates[name].append(rate(name, pull, args.steps))
+    ratios = [(f"ours / {other}", [a / b for a, b in zip(rates["ours"], rates[other])]) for other in list(pulls)[1:]]
     print(f"steps per CPU second, median of {args.rounds} interleaved rounds (lowest to highest), one thread")
-    lines = [(name, v) for name, v in rates.items()] + [("ours / plain", to_plain), ("ours / limit", to_limit)]
+    lines = [(name, v) for name, v in rates.items()] + ratios
     for name, v in lines:
-        print(f"  {name:14s} {statistics.median(v):8.3f}   ({min(v):.3f} to {max(v):.3f})")
+        print(f"  {name:22s} {statistics.median(v):8.3f}   ({min(v):.3f} to {max(v):.3f})")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with args.out.open("w", newline="") as f:

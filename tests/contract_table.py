@@ -56,9 +56,10 @@ def fresh(item: Any) -> Any:
 
 
 def ruin(item: Any) -> None:
-    "Overwrite every array of an item, as a source does that uses its buffers again"
-    parts = item.values() if type(item) is dict else [item]
-    for _, a in (leaf for part in parts for leaf in leaves(part)):
+    "Overwrite every array of an item, as a source does that uses its buffers again. A loss is nobody's buffer"
+    if isinstance(item, dict) and "loss" in item:
+        return
+    for _, a in leaves(item):
         a = a.detach().numpy() if isinstance(a, torch.Tensor) else a
         a[...] = ~a if a.dtype == bool else np.nan if a.dtype.kind == "f" else -77
 
@@ -71,6 +72,9 @@ class Feed:
 
     def __iter__(self) -> Iterator:
         self.at, self._from = self._from, 0
+        return self._go()
+
+    def _go(self):
         last = None
         while True:
             if self.poison and last is not None:
@@ -82,16 +86,15 @@ class Feed:
             self.taken += 1
             yield last
 
+
+class Stateful(Feed):
+    "The same with a state of its own; a feed without one is resumed by taking items again"
+
     def state_dict(self) -> dict:
         return {"at": self.at}
 
     def load_state_dict(self, state: dict) -> None:
         self._from = state["at"]
-
-
-class Replayed(Feed):
-    "The same without state: it is resumed by taking items again"
-    load_state_dict = state_dict = property(lambda self: (_ for _ in ()).throw(AttributeError("none")))
 
 
 class ListNode(BaseNode):
@@ -315,7 +318,7 @@ ABSTRACT = {Pipe, Stage, Fan, Exploration, LossProcessor}  # bases: nobody puts 
 
 TABLE: dict[type, dict[str, Entry]] = {
     IterableSource: {"stateful": entry(IterableSource, pulls=lambda k: k),
-                     "replayed": entry(lambda feed: IterableSource(Replayed(feed.items)), pulls=lambda k: k),
+                     "replayed": entry(lambda feed: IterableSource(Feed(feed.items)), pulls=lambda k: k),
                      "list": entry(lambda feed: IterableSource(feed.items), pulls=lambda k: k)},
     Foreign: {"": entry(lambda feed: Foreign(ListNode(feed.items)), pulls=lambda k: k)},
     Inlet: {"": Entry(through(lambda inlet: inlet))},

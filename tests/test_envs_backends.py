@@ -454,11 +454,11 @@ def test_after_a_fault_in_this_process_the_next_episode_can_begin():
 @pytest.mark.parametrize("at", [0, 3])
 @pytest.mark.parametrize("fault", ["exit", "kill", "hang", "stop"])
 def test_a_worker_that_is_lost_is_an_error_by_the_deadline(fault, at):
-    backend = make_backend([Counting, Counting, partial(Faulty, fault, at)], mode="workers", workers=2, timeout=1.0)
+    backend = make_backend([Counting, Counting, partial(Faulty, fault, at)], mode="workers", workers=2, timeout=2.0)
     pids, start = [p.pid for p in backend._processes], time.monotonic()
     with pytest.raises(WorkerError, match=rf"environment 2 \(Faulty\), step {at}:"):
         drive(backend)
-    assert time.monotonic() - start < 5 and gone(pids, 1)
+    assert time.monotonic() - start < 10 and gone(pids, 5)
     with pytest.raises(WorkerError, match="closed"):
         backend.reset_all()
     backend.close()
@@ -467,25 +467,25 @@ def test_a_worker_that_is_lost_is_an_error_by_the_deadline(fault, at):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_killed_or_stopped_from_outside(how):
-    backend = make_backend([Counting] * 4, mode="workers", workers=2, timeout=1.0)
+    backend = make_backend([Counting] * 4, mode="workers", workers=2, timeout=2.0)
     drive(backend, 3)
     pids = [p.pid for p in backend._processes]
     os.kill(pids[1], how)
     with pytest.raises(WorkerError, match="environment [23] "):
         drive(backend)
-    assert gone(pids, 1)
+    assert gone(pids, 5)
 
 
 @pytest.mark.filterwarnings("ignore:.*ERROR")  # gymnasium prints the worker's traceback as warnings
 @pytest.mark.parametrize("fault", ["exit", "kill", "hang", "stop", "raise"])
 def test_async_of_gymnasium_does_not_hang_either(fault):
-    backend = make_backend([Counting, partial(Faulty, fault, 3)], mode="async", timeout=1.0)
+    backend = make_backend([Counting, partial(Faulty, fault, 3)], mode="async", timeout=2.0)
     pids, start = [p.pid for p in backend.env.processes], time.monotonic()
     with pytest.raises(WorkerError, match="environment 1 .*, step 3"):
         drive(backend)
     backend.close()
     backend.close()
-    assert time.monotonic() - start < 8 and gone(pids, 2)
+    assert time.monotonic() - start < 12 and gone(pids, 5)
 
 
 def test_a_factory_that_fails_in_a_worker_is_an_error():
@@ -495,12 +495,12 @@ def test_a_factory_that_fails_in_a_worker_is_an_error():
 
 
 def test_close_waits_for_nobody_for_long():
-    backend = make_backend([Counting] * 2, mode="workers", timeout=1.0)
+    backend = make_backend([Counting] * 2, mode="workers", timeout=2.0)
     pids = [p.pid for p in backend._processes]
     os.kill(pids[0], signal.SIGSTOP)
     start = time.monotonic()
     backend.close()
-    assert time.monotonic() - start < 4 and gone(pids, 1)
+    assert time.monotonic() - start < 8 and gone(pids, 5)
 
 
 def test_a_backend_that_is_forgotten_takes_its_processes_along():

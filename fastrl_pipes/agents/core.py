@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core import SimpleStep, evaluating, map_leaves, mode_matters, to_numpy, to_tensor
+from ..core import SimpleStep, evaluating, leaves, map_leaves, mode_matters, to_numpy, to_tensor
 from ..envs.spaces import action_map, action_size
 from ..errors import check_shape, message, shape_of
 from ..exploration.noise import Exploration
@@ -49,27 +49,27 @@ class SimpleModelRunner(Stage):
         self._device = None if device.type == "cpu" else device
 
     def forward(self, item: Any) -> Any:
-        is_step = isinstance(item, SimpleStep)
-        state = item.state if is_step else item
-        action = self._run(state)
-        return item.replace(action=action) if is_step else action
+        if isinstance(item, SimpleStep):
+            return item.replace(action=self._run(item.state))
+        return self._run(item) if _has_arrays(item) else item
 
     def _run(self, state):
-        numpy = isinstance(state, np.ndarray) or not any(isinstance(x, torch.Tensor) for x in _flat(state))
-        with torch.inference_mode() if numpy else torch.no_grad():
-            x = torch.from_numpy(state) if numpy and self._fits(state) else to_tensor(state, self._device, self._dtype)
-            if self._switch and self.model.training:
-                with evaluating(self.model):
-                    out = call_model(self.model, x)
-            else:
-                out = call_model(self.model, x)
-            if numpy:
+        if type(state) is np.ndarray or not any(isinstance(x, torch.Tensor) for x in _flat(state)):
+            with torch.inference_mode():
+                out = self._call(torch.from_numpy(state) if self._fits(state) else to_tensor(state, self._device, self._dtype))
                 return out.numpy() if self._device is None else out.cpu().numpy()
-        return out
+        with torch.no_grad():
+            return self._call(to_tensor(state, self._device, self._dtype))
+
+    def _call(self, x):
+        if self._switch and self.model.training:
+            with evaluating(self.model):
+                return call_model(self.model, x)
+        return call_model(self.model, x)
 
     def _fits(self, state):
         "May the network take the array as it is?"
-        return self._device is None and isinstance(state, np.ndarray) and state.dtype is self._array_dtype
+        return self._device is None and type(state) is np.ndarray and state.dtype is self._array_dtype
 
     def modules(self) -> dict[str, Any]:
         return {"model": self.model}
@@ -91,7 +91,15 @@ def _flat(nest):
     for part in nest:
         yield from _flat(part)
 
+
+def _has_arrays(item):
+    "Is it an array, or a nest that holds one?"
+    return next(leaves(item), None) is not None
+
 # %% ../../nbs/agents/00_core.ipynb #55fc0379
+_ARRAYS = (np.ndarray, torch.Tensor)
+
+
 class ActionClip(Stage):
     "Clips actions into [clip_min, clip_max]"
 
@@ -106,16 +114,18 @@ class ActionClip(Stage):
         if not clip_min < clip_max:
             raise ValueError(message(str(self), "clip_min", f"is {clip_min}", f"less than clip_max, {clip_max}"))
         self.clip_min, self.clip_max = clip_min, clip_max
+        self._bounds = np.array(clip_min, np.float32), np.array(clip_max, np.float32)  # faster than Python numbers
 
     def forward(self, item: Any) -> Any:
         if isinstance(item, SimpleStep):
             return item.replace(action=self._clipped(item.action))
-        return self._clipped(item)
+        return self._clipped(item) if isinstance(item, _ARRAYS) else item
 
     def _clipped(self, a):
         if isinstance(a, torch.Tensor):
             return a.clamp(self.clip_min, self.clip_max)
-        return np.minimum(np.maximum(a, self.clip_min), self.clip_max)
+        low, high = self._bounds
+        return np.minimum(np.maximum(a, low), high)
 
 # %% ../../nbs/agents/00_core.ipynb #fde42986
 class ActionUnbatcher(Stage):
@@ -124,7 +134,7 @@ class ActionUnbatcher(Stage):
     def forward(self, item: Any) -> Any:
         if isinstance(item, SimpleStep):
             return item.replace(action=self._only(item.action))
-        return self._only(item)
+        return self._only(item) if isinstance(item, _ARRAYS) else item
 
     def _only(self, a):
         if len(a) != 1:
@@ -154,7 +164,7 @@ class NumpyConverter(Stage):
     "Tensors as NumPy arrays, detached"
 
     def forward(self, item: Any) -> Any:
-        return to_numpy(item)
+        return to_numpy(item) if _has_arrays(item) else item
 
 # %% ../../nbs/agents/00_core.ipynb #c5391db6
 class ActionScaler(Stage):
@@ -165,7 +175,7 @@ class ActionScaler(Stage):
 
     def forward(self, item: Any) -> Any:
         if not isinstance(item, SimpleStep):
-            return item if self._map is None else self._map.to_env(item)
+            return self._map.to_env(item) if self._map is not None and isinstance(item, _ARRAYS) else item
         return item.replace(raw_action=item.action if self._map is None else self._map.to_env(item.action))
 
     def probe(self, item: Any) -> tuple:

@@ -122,7 +122,7 @@ def DDPGLearner(
     for augment in dp_augmentation_fns or ():
         pipe = augment(pipe)
     loggers = [ProgressBarLogger()] if logger_bases is None else logger_bases
-    learner = LearnerHead(pipe, batches or 1000, loggers, device, valid, name="DDPGLearner")
+    learner = LearnerHead(pipe, 1000 if batches is None else batches, loggers, device, valid, name="DDPGLearner")
     if debug:
         print(learner.describe())
     return learner

@@ -43,7 +43,7 @@ class EpisodeStepper(GymStepper):
 
     def restart(self) -> None:
         super().restart()
-        self._begun, self._playing = 0, np.zeros(self.n, bool)
+        self._begun, self._finished, self._playing = 0, 0, np.zeros(self.n, bool)
 
     def next(self) -> SimpleStep:
         "One step of the episodes that still play. Raises StopIteration after the last"
@@ -56,6 +56,7 @@ class EpisodeStepper(GymStepper):
         return rows
 
     def _begin_round(self):
+        self._finished = self._begun
         left = self.episodes - self._begun
         if left <= 0:
             raise StopIteration
@@ -63,6 +64,15 @@ class EpisodeStepper(GymStepper):
         self._playing = np.arange(self.n) < left
         self._begun += int(self._playing.sum())
         self._ended = True
+
+    def get_own(self) -> dict[str, Any]:
+        return {**super().get_own(), "finished": self._finished if self._playing.any() else self._begun}
+
+    def set_own(self, state: dict[str, Any]) -> None:
+        "The episodes that were being played begin again, from their seeds"
+        super().set_own(state)
+        self._begun = self._finished = state["finished"]
+        self._playing = np.zeros(self.n, bool)
 
 # %% ../../nbs/envs/11_episodes.ipynb #45d005cd
 def episode_returns(

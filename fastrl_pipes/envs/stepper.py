@@ -122,8 +122,8 @@ class GymStepper(Pipe):
         return {"env_steps": self.env_steps, "episode_n": self._episode_n, "generator": self._rng.bit_generator.state}
 
     def set_own(self, state: dict[str, Any]) -> None:
-        "Counters and generators continue; the environments begin new episodes"
-        self.backend.reset_all()
+        "Counters and generators continue; the environments begin new episodes, which follow from the seed and the steps so far"
+        self.backend.seed(None if self.seed is None else spawn_seed(self.seed, "GymStepper", str(self), state["env_steps"]) >> 32)
         self.env_steps, self._episode_n, self._ended = state["env_steps"], state["episode_n"], True
         self._rng.bit_generator.state = state["generator"]
 

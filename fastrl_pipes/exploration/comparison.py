@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..core import SimpleStep, to_numpy
 from ..errors import check_number, message
@@ -35,7 +36,7 @@ class ExplorationComparisonLogger(Stage):
         self.original: list[np.ndarray] = []  # each [B, A]
 
     def forward(self, item: Any) -> Any:
-        if not isinstance(item, tuple) or len(item) != 2:
+        if not _is_pair(item):
             return item
         for kept, part in zip((self.explored, self.original), item):
             kept.append(np.array(to_numpy(part.action if isinstance(part, SimpleStep) else part)))
@@ -44,7 +45,7 @@ class ExplorationComparisonLogger(Stage):
         return item[0]
 
     def probe(self, item: Any) -> tuple:
-        return (item[0],) if isinstance(item, tuple) else (item,)
+        return (item[0],) if _is_pair(item) else (item,)
 
     def get_own(self) -> dict[str, Any]:
         return {"explored": self.explored, "original": self.original}
@@ -72,3 +73,7 @@ class ExplorationComparisonLogger(Stage):
         figure.axes[0].legend(loc="upper right")
         figure.axes[-1].set_xlabel("calls")
         return figure
+
+
+def _is_pair(item):
+    return isinstance(item, tuple) and len(item) == 2 and all(isinstance(part, (SimpleStep, np.ndarray, torch.Tensor)) for part in item)

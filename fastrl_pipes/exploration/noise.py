@@ -30,6 +30,9 @@ def linear_epsilon(
     return max_epsilon + (min_epsilon - max_epsilon) * (step / max_steps)
 
 # %% ../../nbs/exploration/00_noise.ipynb #6b0d8a5a
+_ARRAYS = (np.ndarray, torch.Tensor)
+
+
 class Exploration(Stage):
     "Base: adds `epsilon * noise` to actions. A subclass defines `noise(rows)` and, where it has state, `forget(rows)`"
 
@@ -69,6 +72,8 @@ class Exploration(Stage):
 
     def forward(self, item: Any) -> Any:
         is_step = isinstance(item, SimpleStep)
+        if not is_step and not isinstance(item, _ARRAYS):
+            return item
         action = item.action if is_step else item
         rows = len(action)
         if rows != self._rows:
@@ -109,7 +114,10 @@ class Exploration(Stage):
         "The episodes of these rows begin: restart their noise"
 
     def probe(self, item: Any) -> tuple:
-        action = item.action if isinstance(item, SimpleStep) else item
+        is_step = isinstance(item, SimpleStep)
+        if not is_step and not isinstance(item, _ARRAYS):
+            return (item,)
+        action = item.action if is_step else item
         if action is not None:
             check_shape(str(self), "action", action, ("B", self.action_sz or None), "is action_sz the size of the action box?")
         return ((item, item),) if self.ret_original else (item,)

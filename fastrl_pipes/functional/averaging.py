@@ -26,11 +26,13 @@ def polyak(
         check_number("polyak", "tau", tau, 0, 1, hint="0.005 is a usual value; 1 copies")
     if [t.shape for t in targets] != [s.shape for s in sources]:
         _refuse(targets, sources)
-    with torch.no_grad():
-        if not all([t.is_floating_point() for t in targets]):
-            targets, sources = _copy_integers(targets, sources)
-        if targets:
-            torch._foreach_lerp_(targets, sources, tau)
+    if torch.is_grad_enabled() and any([t.requires_grad for t in (*targets, *sources)]):
+        with torch.no_grad():
+            return polyak(targets, sources, tau)
+    if not all([t.is_floating_point() for t in targets]):
+        targets, sources = _copy_integers(targets, sources)
+    if targets:
+        torch._foreach_lerp_(targets, sources, tau)
 
 # %% ../../nbs/functional/00_averaging.ipynb #bccb95ea
 def _copy_integers(targets, sources):

@@ -41,7 +41,7 @@ def to_plain(
         return nest if math.isfinite(nest) else {_MARK: "float", "value": repr(nest)}
     if isinstance(nest, (np.ndarray, torch.Tensor)):
         key = f"{len(tensors)}:{path}"
-        tensor = torch.from_numpy(np.ascontiguousarray(nest)) if isinstance(nest, np.ndarray) else nest.detach().cpu()
+        tensor = torch.from_numpy(np.asarray(nest, order="C")) if isinstance(nest, np.ndarray) else nest.detach().cpu()
         tensors[key] = tensor.contiguous()
         return {_MARK: "array" if isinstance(nest, np.ndarray) else "tensor", "key": key}
     if isinstance(nest, np.generic):

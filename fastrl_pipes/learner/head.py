@@ -43,11 +43,13 @@ class LearnerHead(Pipe):
         device: torch.device | str | None = None,  # where networks and batches live; default: where the networks are
         valid: Any = None,  # a stack on a `GymStepper` to validate in; default: the training environments, made anew
         folder: str | Path = "runs/interrupted",  # where an interrupt saves its checkpoint
+        flush_denormals: bool = True,  # on the CPU, take numbers below about 1e-38 for zero, in the thread that learns
         name: str | None = None,  # see `Pipe`
     ):
         super().__init__(source, name)
         check_number(str(self), "batches", batches, 1, whole=True)
         self.batches, self.loggers, self.folder, self.valid = batches, list(loggers), Path(folder), valid
+        self.flush_denormals = flush_denormals
         self.recorder = Recorder()
         self.interrupted = False  # did Ctrl-C end the latest fit?
         networks = [m for m in named_modules(self).values() if isinstance(m, nn.Module)]
@@ -57,6 +59,10 @@ class LearnerHead(Pipe):
         kind = next((model_dtype(m) for m in networks), torch.float32)
         bind(self, Context(device=where, dtype=kind, recorder=self.recorder))
         self.check()
+
+    def begin(self, lazy: bool = False) -> None:
+        super().begin(lazy)
+        torch.set_flush_denormal(self.flush_denormals)
 
     def check(self) -> None:
         "Send a synthetic step through every pipe, without effect. Errors name the pipe"
@@ -108,6 +114,7 @@ class LearnerHead(Pipe):
             raise ValueError(message(f"{self}.fit", "env_steps", f"is {env_steps}", "epochs", "this stack has no environment to count"))
         if not self.started:
             self.start()
+        torch.set_flush_denormal(self.flush_denormals)
         self.recorder.start()
         return self._fit(epochs, env_steps, stop)
 

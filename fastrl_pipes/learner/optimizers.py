@@ -75,6 +75,19 @@ class BasicOptStepper(Fan):
     def modules(self) -> dict[str, Any]:
         return {"model": self.model, "opt": self.opt}
 
+    def restart(self) -> None:
+        if not self.do_zero_grad:
+            self.opt.zero_grad()
+
+    def get_own(self) -> dict[str, Any]:
+        return {**super().get_own(), "grads": None if self.do_zero_grad else [p.grad for p in self.params]}
+
+    def set_own(self, state: dict[str, Any]) -> None:
+        super().set_own(state)
+        if not self.do_zero_grad:
+            for p, g in zip(self.params, state["grads"]):
+                p.grad = g
+
     def to(self, device: torch.device) -> None:
         for state in self.opt.state.values():
             for key, value in state.items():

@@ -197,7 +197,7 @@ class EpocherCollector(Stage):
 # %% ../../nbs/loggers/01_collectors.ipynb #2cb9a740
 class LossCollector(Fan):
     "Writes down `item['loss']` of the dictionaries that pass. Raises ValueError for a loss of more than one number"
-    EVERY = 16  # losses added up before the recorder hears of them
+    EVERY = 16  # losses kept before their sum goes to the recorder
 
     def __init__(
         self,
@@ -209,7 +209,7 @@ class LossCollector(Fan):
     ):
         super().__init__(source, name)
         self.title, self.filter, self.main_buffers = title, filter, main_buffers
-        self.curve, self._recorder, self._sum, self._count = Curve(stride=self.EVERY), None, None, 0
+        self.curve, self._recorder, self._waiting = Curve(stride=self.EVERY), None, []
 
     def on_bind(self, context: Context) -> None:
         self._recorder = context.recorder
@@ -229,23 +229,20 @@ class LossCollector(Fan):
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise ValueError(message(str(self), "loss", f"is {shape_of(loss)}", "a tensor of one number", "take the mean first"))
         loss = loss.detach()
-        if self._count:
-            self._sum.add_(loss)
-        else:
-            self._sum = loss.clone()
-        self._count += 1
-        if self._count == self.EVERY:
+        self._waiting.append(loss)
+        if len(self._waiting) == self.EVERY:
             self.flush()
         if self.main_buffers is not None:
             self.main_buffers.append(loss.clone())
 
     def flush(self) -> None:
         "Hand the sum to the recorder and to the curve"
-        if self._count:
+        if count := len(self._waiting):
+            total = torch.stack([loss.reshape(()) for loss in self._waiting]).sum()
             if self._recorder is not None:
-                self._recorder.record(self.title, self._sum, count=self._count)
-            self.curve.add(self._sum, self._count)
-            self._sum, self._count = None, 0
+                self._recorder.record(self.title, total, count=count)
+            self.curve.add(total, count)
+            self._waiting.clear()
 
     def show(
         self,
@@ -264,12 +261,12 @@ class LossCollector(Fan):
         return () if self.filter and isinstance(item, dict) and "loss" in item else (item,)
 
     def restart(self) -> None:
-        self.curve, self._sum, self._count = Curve(stride=self.EVERY), None, 0
+        self.curve, self._waiting = Curve(stride=self.EVERY), []
 
     def get_own(self) -> dict[str, Any]:
-        return {**super().get_own(), "sum": self._sum, "count": self._count, "curve": self.curve.get_state()}
+        return {**super().get_own(), "waiting": list(self._waiting), "curve": self.curve.get_state()}
 
     def set_own(self, state: dict[str, Any]) -> None:
         super().set_own(state)
-        self._sum, self._count = state["sum"], state["count"]
+        self._waiting = list(state["waiting"])
         self.curve.set_state(state["curve"])

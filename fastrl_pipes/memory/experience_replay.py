@@ -216,7 +216,7 @@ class ReplayWriter(Stage):
     def forward(self, item: Any) -> Any:
         if isinstance(item, SimpleStep):
             self.memory.write(item)
-        elif isinstance(item, tuple):
+        elif isinstance(item, tuple) and item and isinstance(item[0], SimpleStep):
             raise TypeError(message(str(self), "item", f"is a window of {len(item)} steps", "a step", "put FirstLastMerger or NStepFlattener before the replay"))
         return item
 
@@ -226,7 +226,8 @@ class ReplayWriter(Stage):
     def probe(self, item: Any) -> tuple:
         if isinstance(item, SimpleStep):
             self.memory.check_fits(RowLayout.of(item, self.memory.fields, self.memory.float_dtype))
-        return (item,)
+            return (item,)
+        return (self.forward(item),)  # which refuses windows
 
 # %% ../../nbs/memory/01_experience_replay.ipynb #669036ae
 class ReplaySampler(Fan):
@@ -249,6 +250,7 @@ class ReplaySampler(Fan):
     def restart(self) -> None:
         self._generator = torch.Generator(self.memory.device)
         self._generator.manual_seed(spawn_seed(self.context.seed, "ReplaySampler", str(self)))
+        self._index = torch.empty(self.bs, dtype=torch.int64, device=self.memory.device)
         self._batch: SimpleStep | bool | None = None
 
     def on_bind(self, context: Context) -> None:
@@ -263,7 +265,7 @@ class ReplaySampler(Fan):
         memory = self.memory
         if memory.size < self.least:
             return ()
-        index = torch.randint(0, memory.size, (self.bs,), generator=self._generator, device=memory.device)
+        index = self._index.random_(0, memory.size, generator=self._generator)
         if self._batch is None:
             self._prepare()
         if self._batch is False:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..core import SimpleStep
-from ..errors import Dry, check_number
+from ..errors import Dry, Interrupted, check_number
 from .core import Fan, Pipe, Stage, as_pipe
 
 # %% auto #0
@@ -36,6 +36,12 @@ class Inlet(Pipe):
         if item is None:
             raise Dry(f"{self}: holds no item")
         return item
+
+    def get_own(self) -> dict[str, Any]:
+        return {"item": self.item}
+
+    def set_own(self, state: dict[str, Any]) -> None:
+        self.item = state["item"]
 
 # %% ../../nbs/pipes/02_control.ipynb #3b248f23
 class Every(Fan):
@@ -70,11 +76,13 @@ class Every(Fan):
     def _through(self, item):
         self.inlet.item = item
         out = []
-        try:
-            while True:
+        while True:
+            try:
                 out.append(self.branch.next())
-        except Dry:
-            return tuple(out)
+            except Interrupted:  # heard outside of the branch, when it is through with the item
+                continue
+            except Dry:
+                return tuple(out)
 
     def probe(self, item: Any) -> tuple:
         return (item,)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torchdata.nodes import BaseNode
 
-from ..core import SimpleStep, copied
+from ..core import SimpleStep, copied, leaves, map_leaves
 from ..errors import CheckpointError, Interrupted, message, shape_of, suggest
 
 # %% auto #0
@@ -105,7 +105,7 @@ class Pipe(BaseNode):
     def __repr__(self) -> str:
         return self.name or type(self).__name__
 
-    def __deepcopy__(self, memo):
+    def __reduce_ex__(self, protocol):  # what copy, deepcopy and pickle ask
         raise TypeError(f"{self}: pipes are not copied; build the stack again, or use rebuilt()")
 
     @property
@@ -191,17 +191,25 @@ class Pipe(BaseNode):
 
     def get_state(self) -> dict[str, Any]:
         "Of this pipe and everything below: live references, valid until the next pull"
+        if not self.started:
+            self.start()
         return {"modules": {k: m.state_dict() for k, m in named_modules(self).items()},
                 "pipes": {k: p.get_own() for k, p in named_pipes(self).items()}}
 
+    def state_dict(self) -> dict[str, Any]:
+        "For nodes above, which keep states while they pull on: `get_state` with memory of its own"
+        return snapshot(self)
+
 # %% ../../nbs/pipes/00_core.ipynb #a4961516
 def _owned(item):
-    "Steps and arrays with memory of their own; whatever carries gradients, and anything else, as it is"
+    "Steps, arrays and nests of them with memory of their own; losses, whatever carries gradients, and anything else, as it is"
     def own(x):
         return x.copy() if isinstance(x, np.ndarray) else x if x.requires_grad else x.clone()
     if isinstance(item, SimpleStep):
         return item.map(own)
-    return own(item) if isinstance(item, (np.ndarray, torch.Tensor)) else item
+    if (isinstance(item, dict) and "loss" in item) or next(leaves(item), None) is None:
+        return item
+    return map_leaves(own, item)
 
 
 def _called_by_a_first_pull():
@@ -242,12 +250,14 @@ class Fan(Pipe):
         if self._pending:
             return self._pending.popleft()
         while True:
-            items = self.forward(self._pull())
+            item = self._pull()
+            items = self.forward(item)
             if items:
                 if len(items) > 1:
                     self._pending.extend(items[1:])
                 return items[0]
-            self.context.pause(str(self))
+            if type(item) is not dict:  # after a loss that was taken, its batch is still to come
+                self.context.pause(str(self))
 
     def forward(self, item: Any) -> tuple:
         "The work of the fan"

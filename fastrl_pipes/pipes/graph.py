@@ -5,6 +5,7 @@
 # %% ../../nbs/pipes/01_graph.ipynb #a894a5ca
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -58,11 +59,20 @@ def probe(
 ) -> dict[str, Flow]:  # by name, sources first
     "Send synthetic items through every pipe. Errors name the pipe at which they arise"
     flows: dict[int, Flow] = {}
-    for name, p in named_pipes(pipe).items():
-        feeds = flows[id(p.source)].went if p.source is not None else (None,)
-        went = tuple(out for item in feeds for out in p.probe(item)) if p.source is not None else p.probe(None)
-        flows[id(p)] = Flow(name, p, feeds if p.source is not None else (), tuple(x for x in went if x is not None))
+    with _generators_kept(pipe):
+        for name, p in named_pipes(pipe).items():
+            feeds = flows[id(p.source)].went if p.source is not None else (None,)
+            went = tuple(out for item in feeds for out in p.probe(item)) if p.source is not None else p.probe(None)
+            flows[id(p)] = Flow(name, p, feeds if p.source is not None else (), tuple(x for x in went if x is not None))
     return {flow.name: flow for flow in flows.values()}
+
+
+def _generators_kept(pipe):
+    "A network that draws numbers leaves torch's generators as they were"
+    device = pipe.context.device if pipe.context is not None else None
+    if device is None or device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)
 
 # %% ../../nbs/pipes/01_graph.ipynb #8b14aeb1
 def in_words(
@@ -86,16 +96,21 @@ def _array(a):
 def settings_in_words(
     pipe: Pipe,  # any pipe
 ) -> str:  # for example "n=3, discount=0.99"
-    "A pipe's settings on one line; networks by their class"
-    def word(v):
-        if isinstance(v, nn.Module):
-            return f"<{type(v).__name__}>"
-        if isinstance(v, (list, tuple)) and len(v) > 4:
-            return f"<{len(v)} items>"
-        if isinstance(v, torch.Tensor) or len(repr(v)) > 60:
-            return f"<{type(v).__name__}>"
-        return getattr(v, "__name__", None) or repr(v)
-    return ", ".join(f"{k}={word(v)}" for k, v in pipe.settings.items() if v is not None)
+    "A pipe's settings on one line; networks and the like by their class, so that two processes say the same"
+    return ", ".join(f"{k}={_word(v)}" for k, v in pipe.settings.items() if v is not None)
+
+
+def _word(v):
+    if isinstance(v, (list, tuple)) and len(v) > 4:
+        return f"<{len(v)} items>"
+    if isinstance(v, list):
+        return f"[{', '.join(map(_word, v))}]"
+    if isinstance(v, (nn.Module, torch.Tensor)):
+        return f"<{type(v).__name__}>"
+    if name := getattr(v, "__name__", None):
+        return name
+    text = repr(v)
+    return f"<{type(v).__name__}>" if len(text) > 60 or " at 0x" in text else text
 
 # %% ../../nbs/pipes/01_graph.ipynb #28692e4e
 def describe(
@@ -143,16 +158,22 @@ def _branches(pipe):
 def mermaid(
     pipe: Pipe,  # the head of a stack
 ) -> str:  # the text of a Mermaid flowchart, from top to bottom
-    "The stack as a Mermaid diagram: pipes as boxes, networks as the round boxes they point to"
-    names = {id(p): name for name, p in named_pipes(pipe).items()}
+    "The stack as a Mermaid diagram: pipes as boxes, arrows the way that items go, dotted where a chain is fed by hand"
+    boxes: dict[int, str] = {}
     lines = ["flowchart TD"]
-    for p in traverse(pipe):
-        settings = settings_in_words(p).replace('"', "#quot;").replace("<", "#lt;").replace(">", "#gt;")
-        lines.append(f'    {names[id(p)]}["<b>{names[id(p)]}</b>' + (f"<br/>{settings}" if settings else "") + '"]')
+    for name, p in named_pipes(pipe).items():
+        box = re.sub(r"\W", "_", name)
+        boxes[id(p)] = box if box not in boxes.values() and box != "end" else f"{box}_{len(boxes)}"
+        settings = _escaped(settings_in_words(p))
+        lines.append(f'    {boxes[id(p)]}["<b>{_escaped(name)}</b>' + (f"<br/>{settings}" if settings else "") + '"]')
         for source in p.sources:
             arrow = "-->" if source is p.source else "-.->"
-            lines.append(f"    {names[id(source)]} {arrow} {names[id(p)]}")
+            lines.append(f"    {boxes[id(source)]} {arrow} {boxes[id(p)]}")
     return "\n".join(lines)
+
+
+def _escaped(text):
+    return text.replace('"', "#quot;").replace("<", "#lt;").replace(">", "#gt;")
 
 # %% ../../nbs/pipes/01_graph.ipynb #f89a9810
 def pipe_to_device(
