@@ -3,8 +3,8 @@
     python benchmarks/learning_ddpg.py preset page mountaincar widebox --seeds 0 1 2 3 4
 
 `preset` is `fastrl_pipes train ddpg --env Pendulum-v1`: the shipped preset, 10,000 environment steps. `page` is `DDPGLearner` with its own defaults, 15,000 steps.
-`mountaincar` is the preset of MountainCarContinuous-v0, stopped once 20 and then 80 validation episodes reach 90, at most 40,000 steps. `widebox` is the probe
-whose action box is wide and not symmetric. A result is the mean return without exploration over 200 fixed starts (reset seeds 10000 to 10199).
+`mountaincar` is the preset of MountainCarContinuous-v0, stopped once 20 and then 80 validation episodes reach 90, at most 40,000 steps. `widebox` is a bandit
+whose action box is wide and not symmetric (best return 0); `widegoal` asks a point to move to a goal, with a box of [-3, 11]. A result is the mean return without exploration over 200 fixed starts (reset seeds 10000 to 10199).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-import fastrl_pipes.envs.debug  # noqa: F401  registers the probes
 from fastrl_pipes.agents.ddpg import Actor, Critic, DDPGAgent, DDPGLearner, GymStepper, ddpg
 from fastrl_pipes.core import seed_everything
+from fastrl_pipes.envs.debug import Goal
 from fastrl_pipes.learner.registry import load_presets
 
 RESULTS = Path(__file__).parent.parent / "nbs" / "results"
@@ -39,11 +39,19 @@ def widebox(seed):
     return ddpg("fastrl/WideBox-v0", seed, hidden1=64, hidden2=64, warmup=500), 3_000
 
 
+def widegoal(seed):
+    seed_everything(seed)
+    actor, critic = Actor(2, 1, 64, 64), Critic(2, 1, 64, 64)
+    stepper = GymStepper(lambda: Goal(low=-3.0, high=11.0), DDPGAgent(actor, max_steps=3000), seed=seed, random_steps=500)
+    return DDPGLearner(actor, critic, stepper, logger_bases=[], critic_lr=1e-3, tau=0.005, warmup=500, discount=0.9), 5_000
+
+
 CELLS = {
     "preset": ("Pendulum-v1, preset", lambda seed: from_preset("Pendulum-v1", seed), None),
     "page": ("Pendulum-v1, the page's defaults", page, None),
     "mountaincar": ("MountainCarContinuous-v0, preset", lambda seed: from_preset("MountainCarContinuous-v0", seed), 90.0),
     "widebox": ("fastrl/WideBox-v0, box wide and asymmetric", widebox, None),
+    "widegoal": ("reach a goal, box [-3, 11]", widegoal, None),
 }
 
 

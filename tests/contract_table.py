@@ -28,7 +28,6 @@ from fastrl_pipes.learner.head import LearnerHead
 from fastrl_pipes.learner.optimizers import BasicOptStepper
 from fastrl_pipes.loggers.collectors import BatchCollector, EpisodeCollector, EpocherCollector, LossCollector, RollingTerminatedRewardCollector
 from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayMemory, ReplaySampler, ReplayWriter
-from fastrl_pipes.networks.actor_critic import Actor, Critic
 from fastrl_pipes.networks.targets import target_of
 from fastrl_pipes.pipes.control import Every, Inlet, Repeat, Take
 from fastrl_pipes.pipes.core import BaseNode, Fan, Foreign, IterableSource, Pipe, Stage
@@ -194,12 +193,33 @@ def numbers(n: int = 40) -> list[dict]:
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
+class Policy(nn.Module):
+    "[B, S] -> [B, A], with batch norm"
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.layer = nn.BatchNorm1d(S), nn.Linear(S, A)
+
+    def forward(self, state):
+        return torch.tanh(self.layer(self.norm(state)))
+
+
+class Value(nn.Module):
+    "[B, S] and [B, A] -> [B, 1], with batch norm"
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.layer = nn.BatchNorm1d(S), nn.Linear(S + A, 1)
+
+    def forward(self, state, action):
+        return self.layer(torch.cat((self.norm(state), action), 1))
+
+
 def networks() -> SimpleNamespace:
     "Small networks with batch norm, the same ones at each call"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        last = lambda m: nn.init.uniform_(m.weight, -0.3, 0.3)  # noqa: E731
-        actor, critic = (net(S, A, 6, 5, batch_norm=True, final_layer_init_fn=last) for net in (Actor, Critic))
+        actor, critic = Policy(), Value()
     return SimpleNamespace(actor=actor, critic=critic, t_actor=target_of(actor), t_critic=target_of(critic))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 import fastrl_pipes.envs.debug  # noqa: F401, its ids become known
 from .autoreset import VectorBackend
 from .inprocess import EnvRows
-from .rows import EnvBackend, env_name
+from .rows import EnvBackend
 from .workers import Workers, usable_cpus
 from ..errors import check_choice, check_number, message, shape_of, suggest
 

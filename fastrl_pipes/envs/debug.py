@@ -153,8 +153,8 @@ class Goal(gymnasium.Env):
         size: int = 1,  # dimensions
         length: int = 20,  # steps until truncation
         speed: float = 0.2,  # distance along one axis in one step, at an action of 1
-        low: float = -1.0,  # the action box; its centre is no motion
-        high: float = 1.0,
+        low: float = -1.0,  # lower bound of the action box, whose centre is no motion
+        high: float = 1.0,  # its upper bound
     ):
         self.size, self.length, self.speed = size, length, speed
         self.centre, self.half = (high + low) / 2, (high - low) / 2

@@ -41,7 +41,8 @@ class GymStepper(Pipe):
         name: str | None = None,  # see `Pipe`
     ):
         super().__init__(name=name)
-        check_number(str(self), "random_steps", random_steps, 0, whole=True)
+        for field, value in (("random_steps", random_steps), ("seed", 0 if seed is None else seed)):
+            check_number(str(self), field, value, 0, whole=True)
         if agent is not None and not hasattr(agent, "act"):
             raise TypeError(message(str(self), "agent", f"is {shape_of(agent)}", "an agent, or None for random actions", "AgentHead(chain) makes one"))
         more = {**(env_kwargs or {}), **({"render_mode": "rgb_array"} if include_images and isinstance(envs, (str, list)) else {})}

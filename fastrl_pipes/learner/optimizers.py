@@ -35,6 +35,8 @@ class BasicOptStepper(Fan):
         if not isinstance(model, nn.Module):
             raise TypeError(message(str(self), "model", f"is {shape_of(model)}", "an nn.Module"))
         check_number(str(self), "lr", lr, 0)
+        if not callable(opt):
+            raise TypeError(message(str(self), "opt", f"is {shape_of(opt)}", "what makes an optimizer, such as torch.optim.Adam"))
         self.model, self.filter, self.do_zero_grad = model, filter, do_zero_grad
         self.params = [p for p in model.parameters() if p.requires_grad]
         if not self.params:

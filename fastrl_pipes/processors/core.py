@@ -61,10 +61,10 @@ class LossProcessor(Fan):
 
 @contextlib.contextmanager
 def _at(pipe):
-    "Errors of torch inside of the block name the pipe"
+    "Errors of torch, and of calls that a network does not take, name the pipe"
     try:
         yield
-    except RuntimeError as e:
+    except (RuntimeError, TypeError) as e:
         raise ValueError(message(str(pipe), "batch", "does not go through " + ", ".join(type(m).__name__ for m in pipe.modules().values()),
                                  "networks that fit the observation and the action", str(e).splitlines()[0])) from e
 
