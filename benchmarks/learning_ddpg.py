@@ -86,16 +86,39 @@ def run(cell, seed, out):
     learner.close()
 
 
+def picture(out):
+    "The curve of the front page, from the rows of `preset`"
+    from matplotlib.figure import Figure
+    setting = CELLS["preset"][0]
+    curves = [r for r in csv.DictReader((out / "ddpg_curves.csv").open()) if r["setting"] == setting]
+    returns = [float(r["mean_return"]) for r in csv.DictReader((out / "ddpg.csv").open()) if r["setting"] == setting]
+    figure = Figure(figsize=(7.2, 3.2), dpi=150, layout="constrained")
+    ax = figure.subplots()
+    for seed in sorted({r["seed"] for r in curves}):
+        points = [(int(r["env_steps"]), float(r["rolling_reward"])) for r in curves if r["seed"] == seed]
+        ax.plot(*zip(*points), linewidth=1.4, label=f"seed {seed}")
+    ax.axhline(-138, color="0.4", linewidth=1, linestyle="--")
+    ax.annotate("best possible, about -138", (points[0][0], -138), xytext=(0, 4), textcoords="offset points", color="0.35", fontsize=8)
+    ax.set(xlabel="environment steps", ylabel="reward of the latest 20 episodes")
+    ax.set_title(f"DDPG on Pendulum-v1. After 10,000 steps, without exploration: {min(returns):.0f} to {max(returns):.0f}", fontsize=10)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8, loc="lower right")
+    figure.savefig(out.parent / "images" / "pendulum_ddpg.png")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cells", nargs="+", choices=CELLS)
+    parser.add_argument("cells", nargs="*", choices=[*CELLS, []], help="which runs to make; none: only the picture, with --picture")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--picture", action="store_true", help="draw the front page's curve from the rows")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for cell in args.cells:
         for seed in args.seeds:
             run(cell, seed, args.out)
+    if args.picture:
+        picture(args.out)
 
 
 if __name__ == "__main__":

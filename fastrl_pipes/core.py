@@ -22,7 +22,8 @@ from .errors import check_number, message, suggest
 
 # %% auto #0
 __all__ = ['STEP_TYPES', 'map_leaves', 'leaves', 'copy_leaf', 'copied', 'take_rows', 'to_tensor', 'to_numpy', 'step_type',
-           'SimpleStep', 'MergedStep', 'default_device', 'mode_matters', 'evaluating', 'seed_everything', 'spawn_seed']
+           'SimpleStep', 'MergedStep', 'default_device', 'mode_matters', 'evaluating', 'seed_everything', 'spawn_seed',
+           'denormals_flushed']
 
 # %% ../nbs/01_core.ipynb #3516c009
 _LEAVES = (np.ndarray, torch.Tensor)
@@ -261,3 +262,8 @@ def spawn_seed(
         return int(np.random.SeedSequence().generate_state(1, np.uint64)[0] >> 1)
     words = [int.from_bytes(str(p).encode(), "little") for p in path]
     return int(np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0] >> 1)
+
+# %% ../nbs/01_core.ipynb #f02bede9
+def denormals_flushed() -> bool:
+    "Does this thread take denormal numbers (float32: below about 1e-38) for zero? torch can set that, but not say it"
+    return (torch.tensor(1e-310, dtype=torch.float64) * 1.0).item() == 0.0

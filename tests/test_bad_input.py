@@ -108,6 +108,16 @@ def no_replay():
     return LearnerHead(CriticLossProcessor(stack(DDPGAgent(actor)), critic, target_of(actor), target_of(critic)))
 
 
+def noise_of_another_size():
+    actor, critic = nets()
+    return learner(actor, critic, stack(AgentHead(ActionScaler(OrnsteinUhlenbeck(SimpleModelRunner(Inlet(), actor), action_sz=5)))))
+
+
+def validated_elsewhere():
+    actor, critic = nets()
+    return learner(actor, critic, (stack(DDPGAgent(actor)), stack(env="CartPole-v1")))
+
+
 def offline():
     return learner(dls=IterableSource([SimpleStep.random(8, S, A)]))
 
@@ -124,8 +134,7 @@ BAD = {  # what: (the call, its error, what the message must say)
     "actor's action too wide": (lambda: learner(actor=nets(S, 3)[0]), V, ["ActionScaler", "'action'", "[3, 3]", "2", "action_sz"]),
     "actor's action too narrow": (lambda: learner(actor=nets(S, 1)[0]), V, ["ActionScaler", "'action'", "[3, 1]", "2", "action_sz"]),
     "actor and critic swapped": (lambda: learner(*nets()[::-1]), (V, T), ["Critic", "SimpleModelRunner"]),
-    "noise of another size": (lambda: learner(dls=stack(AgentHead(ActionScaler(OrnsteinUhlenbeck(SimpleModelRunner(Inlet(), nets()[0]), action_sz=5))))), V,
-                              ["OrnsteinUhlenbeck", "'action'", "5", "action_sz"]),
+    "noise of another size": (noise_of_another_size, V, ["OrnsteinUhlenbeck", "'action'", "5", "action_sz"]),
     "networks of two dtypes": (lambda: learner(actor=nets()[0].double()), V, ["CriticLossProcessor", "Double"]),
     "a flat network for images": (lambda: Actor((3, 64, 64), 2), T, ["Actor", "state_sz", "conv_block=ddpg_conv2d_block"]),
     "an image that is too small": (lambda: ddpg_conv2d_block((3, 8, 8)), V, ["ddpg_conv2d_block", "state_sz[1]", "15"]),
@@ -178,7 +187,7 @@ BAD = {  # what: (the call, its error, what the message must say)
     "an environment as dls": (lambda: learner(dls=gymnasium.make("Pendulum-v1")), T, ["DDPGLearner", "TimeLimit", "a pipe"]),
     "three stacks as dls": (lambda: learner(dls=[stack(), stack(), stack()]), V, ["DDPGLearner", "dls", "3 stacks", "(train, valid)"]),
     "two pipes of a name": (named_twice, V, ["SoftTargetUpdater", "name", "'actor_target'"]),
-    "an augmentation that returns nothing": (lambda: learner(dp_augmentation_fns=[lambda pipe: None]), T, ["DDPGLearner", "None"]),
+    "an augmentation that returns nothing": (lambda: learner(dp_augmentation_fns=[lambda pipe: None]), T, ["Learner", "source", "None"]),
     "a logger's class": (lambda: learner(logger_bases=[ProgressBarLogger]), T, ["DDPGLearner", "loggers", "ProgressBarLogger"]),
     "a logger by name": (lambda: learner(logger_bases=["bar"]), T, ["DDPGLearner", "loggers", "'bar'"]),
     "a device that is none": (lambda: learner(device="cudaa"), V, ["DDPGLearner", "device", "'cudaa'"]),
@@ -206,7 +215,7 @@ BAD = {  # what: (the call, its error, what the message must say)
     "validation without an environment": (lambda: offline().validate(), L, ["DDPGLearner.validate", "GymStepper"]),
     "a prediction without an agent": (lambda: offline().predict(np.zeros(S, np.float32)), L, ["DDPGLearner.predict", "agent", "None"]),
     "validation of no episodes": (lambda: learner().validate(episodes=0), V, ["episodes", "0"]),
-    "validation in another action space": (lambda: learner(dls=(stack(DDPGAgent(nets()[0])), stack(env="CartPole-v1"))), (V, T), ["DDPGLearner", "action_space", "Discrete(2)"]),
+    "validation in another action space": (validated_elsewhere, T, ["DDPGLearner", "action_space", "Discrete(2)"]),
     "an observation of another size": (lambda: learner().predict(np.zeros(5, np.float32)), V, ["predict", "observation", "[5]", "[3]"]),
     "an observation with a batch axis": (lambda: learner().predict(np.zeros((1, S), np.float32)), V, ["predict", "observation", "[1, 3]", "[3]"]),
     # words

@@ -466,9 +466,10 @@ def test_validation_plays_fixed_starts_without_noise():
     np.testing.assert_allclose(sorted(first["returns"]), sorted(learner.validate(episodes=3, n=1)["returns"]), rtol=1e-4)
 
 
-def test_validation_in_a_stack_of_its_own_plays_the_policy_that_learns():
+@pytest.mark.parametrize("envs", ["Pendulum-v1", gymnasium.make("Pendulum-v1")], ids=["an id", "a live environment"])
+def test_validation_in_a_stack_of_its_own_plays_the_policy_that_learns(envs):
     actor = Actor(3, 1, 16, 16, final_layer_init_fn=nn.Identity())
-    train, valid = GymStepper("Pendulum-v1", DDPGAgent(actor), seed=0), GymStepper("Pendulum-v1")
+    train, valid = GymStepper("Pendulum-v1", DDPGAgent(actor), seed=0), GymStepper(envs)
     learner = DDPGLearner(actor, Critic(3, 1, 16, 16), (train, valid), logger_bases=[], bs=16, batches=20)
     learner.fit(1)
     np.testing.assert_allclose(sorted(learner.validate(episodes=2)["returns"]), sorted(by_hand(actor, 2)), rtol=1e-4)

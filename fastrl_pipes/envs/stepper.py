@@ -64,8 +64,11 @@ class GymStepper(Pipe):
 
     def begin(self, lazy: bool = False) -> None:
         super().begin(lazy)
-        self._act = None if self.agent is None else self.agent.act
         self._map = action_map(self.action_space)
+
+    def wire(self) -> None:
+        super().wire()
+        self._act = None if self.agent is None else self.agent.act
 
     def restart(self) -> None:
         column = (self.n, 1)

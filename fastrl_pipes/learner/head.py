@@ -17,7 +17,7 @@ import gymnasium
 import torch
 from torch import nn
 
-from ..core import SimpleStep
+from ..core import SimpleStep, denormals_flushed
 from ..envs.episodes import EpisodeStepper, episode_returns
 from ..envs.stepper import GymStepper
 from ..errors import CheckpointError, Interrupted, check_number, message, shape_of
@@ -43,7 +43,7 @@ class LearnerHead(Pipe):
         device: torch.device | str | None = None,  # where networks and batches live; default: where the networks are
         valid: Any = None,  # a stack on a `GymStepper` to validate in; default: the training environments, made anew
         folder: str | Path = "runs/interrupted",  # where an interrupt saves its checkpoint
-        flush_denormals: bool = True,  # on the CPU, take numbers below about 1e-38 for zero, in the thread that learns
+        flush_denormals: bool = True,  # on the CPU, take numbers below about 1e-38 for zero during a pull
         name: str | None = None,  # see `Pipe`
     ):
         super().__init__(source, name)
@@ -62,7 +62,7 @@ class LearnerHead(Pipe):
 
     def begin(self, lazy: bool = False) -> None:
         super().begin(lazy)
-        torch.set_flush_denormal(self.flush_denormals)
+        self._flushed_outside = denormals_flushed()
 
     def check(self) -> None:
         "Send a synthetic step through every pipe, without effect. Errors name the pipe"
@@ -85,10 +85,14 @@ class LearnerHead(Pipe):
 
     def next(self) -> SimpleStep:
         "One batch through the whole stack; loss dictionaries that nobody took are passed over"
-        item = self._pull()
-        while not isinstance(item, SimpleStep):
+        torch.set_flush_denormal(self.flush_denormals)
+        try:
             item = self._pull()
-        return item
+            while not isinstance(item, SimpleStep):
+                item = self._pull()
+            return item
+        finally:
+            torch.set_flush_denormal(self._flushed_outside)
 
     def describe(self, shapes: bool = True) -> str:
         "The stack as text, see `pipes.graph.describe`"
@@ -114,7 +118,6 @@ class LearnerHead(Pipe):
             raise ValueError(message(f"{self}.fit", "env_steps", f"is {env_steps}", "epochs", "this stack has no environment to count"))
         if not self.started:
             self.start()
-        torch.set_flush_denormal(self.flush_denormals)
         self.recorder.start()
         return self._fit(epochs, env_steps, stop)
 

@@ -122,6 +122,11 @@ class Pipe(BaseNode):
         self.source = as_pipe(source, str(self))
         if self.started:
             self.source.start()
+            self.wire()
+
+    def wire(self) -> None:
+        "Take up the source's `next`: one attribute look-up less in every hop. Done again where somebody begins to watch the joints"
+        if self.source is not None:
             self._pull = self.source.next
 
     # What a pipe may define; each does nothing here
@@ -171,8 +176,7 @@ class Pipe(BaseNode):
     def begin(self, lazy: bool = False) -> None:
         "Start this pipe alone"
         BaseNode.reset(self)
-        if self.source is not None:
-            self._pull = self.source.next  # one attribute look-up less in every hop
+        self.wire()
         self.restart()
         self.started = True
 
