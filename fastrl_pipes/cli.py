@@ -21,7 +21,8 @@ from .learner.registry import Algorithm, algorithm_names, get_algorithm
 from .learner.settings import Reader, UsageError, flag, settings_of
 
 # %% auto #0
-__all__ = ['NOT_KEPT', 'DEFAULT_ENV_STEPS', 'OUR_ERRORS', 'COMMANDS', 'merged', 'resolve', 'train', 'describe', 'play', 'main']
+__all__ = ['NOT_KEPT', 'DEFAULT_ENV_STEPS', 'OUR_ERRORS', 'COMMANDS', 'merged', 'resolve', 'train', 'describe', 'flatten', 'play',
+           'main']
 
 # %% ../nbs/90_cli.ipynb #5de3ba23
 def _of_a_command(
@@ -234,6 +235,18 @@ def describe(
     return 0
 
 
+def flatten(
+    tokens: Sequence[str],  # the command line after `flatten`
+) -> int:  # exit code
+    "Print a learner's stack as one plain script"
+    algorithm, values = resolve("flatten", tokens)
+    from fastrl_pipes.learner.flatten import flatten as flattened
+    import torch
+    torch.set_num_threads(1)  # small networks are fastest with one, and `train` says so too
+    print(flattened(_build(algorithm, values)), end="")
+    return 0
+
+
 def play(
     tokens: Sequence[str],  # the command line after `play`
 ) -> int:  # exit code
@@ -248,14 +261,14 @@ def play(
     folder = RunFolder(tokens[0])
     algorithm, values = resolve("train", ["--config", str(folder.require("config.yaml"))])
     learner = _build(algorithm, values)
-    learner.load(folder.require("checkpoint"))
+    learner.load(folder.require("checkpoint"), environments=False)
     options.pop("debug", None)
     with _running():
         play_run(learner, values["env"], values.get("env_kwargs"), **options)
     return 0
 
 # %% ../nbs/90_cli.ipynb #27b42233
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "play": play, "describe": describe}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "play": play, "describe": describe, "flatten": flatten}
 
 
 def _help():
@@ -263,6 +276,7 @@ def _help():
             "  fastrl_pipes train ALGORITHM --env ID    train a learner into a run folder\n"
             "  fastrl_pipes play RUN                    load a run, and let it play\n"
             "  fastrl_pipes describe ALGORITHM --env ID print the stack, with what flows through it\n"
+            "  fastrl_pipes flatten ALGORITHM --env ID  print the stack as one plain script that learns the same\n"
             "  fastrl_pipes COMMAND [ALGORITHM] --help  every setting, with its type and default\n\n"
             f"algorithms: {', '.join(algorithm_names()) or 'none'}\nversion: {fastrl_pipes.__version__}")
 

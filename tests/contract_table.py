@@ -17,22 +17,26 @@ from gymnasium import spaces
 from torch import nn
 
 from fastrl_pipes.agents.core import ActionClip, ActionScaler, ActionUnbatcher, AgentHead, NumpyConverter, SimpleModelRunner, StepFieldSelector
-from fastrl_pipes.core import MergedStep, SimpleStep, copied, leaves, map_leaves, take_rows, to_tensor
+from fastrl_pipes.core import MergedStep, SimpleStep, copied, leaves, take_rows, to_tensor
 from fastrl_pipes.envs.debug import Goal
 from fastrl_pipes.envs.doubles import CountingVector
 from fastrl_pipes.envs.episodes import EpisodeStepper
 from fastrl_pipes.envs.stepper import GymStepper
 from fastrl_pipes.exploration.comparison import ExplorationComparisonLogger
 from fastrl_pipes.exploration.noise import Exploration, GaussianNoise, OrnsteinUhlenbeck
+from fastrl_pipes.learner.datablock import EpochLength
 from fastrl_pipes.learner.head import LearnerHead
 from fastrl_pipes.learner.optimizers import BasicOptStepper
 from fastrl_pipes.loggers.collectors import BatchCollector, EpisodeCollector, EpocherCollector, LossCollector, RollingTerminatedRewardCollector
+from fastrl_pipes.loggers.video import VideoCollector
 from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayMemory, ReplaySampler, ReplayWriter
 from fastrl_pipes.networks.targets import target_of
+from fastrl_pipes.pipes.batch import StepBatcher
 from fastrl_pipes.pipes.control import Every, Inlet, Repeat, Take
 from fastrl_pipes.pipes.core import BaseNode, Fan, Foreign, IterableSource, Pipe, Stage
 from fastrl_pipes.pipes.graph import find_pipe
 from fastrl_pipes.pipes.nstep import FirstLastMerger, NSkipper, NStepFlattener, NStepper
+from fastrl_pipes.pipes.tape import Tap, Tape
 from fastrl_pipes.processors.core import LossProcessor
 from fastrl_pipes.processors.dpg import ActorLossProcessor, CriticLossProcessor
 from fastrl_pipes.processors.targets import SoftTargetUpdater
@@ -60,7 +64,7 @@ def ruin(item: Any) -> None:
         return
     for _, a in leaves(item):
         a = a.detach().numpy() if isinstance(a, torch.Tensor) else a
-        a[...] = ~a if a.dtype == bool else np.nan if a.dtype.kind == "f" else -77
+        a[...] = ~a if a.dtype == bool else np.nan if a.dtype.kind == "f" else 77
 
 
 class Feed:
@@ -166,6 +170,12 @@ def with_gaps() -> list[SimpleStep]:
     return [take_rows(s, np.array([False, True])) if i == 4 else s for i, s in enumerate(steps)][:5] + env_steps(12)[8:]
 
 
+def with_images() -> list[SimpleStep]:
+    "Steps with a frame of noise each"
+    rng = np.random.default_rng(3)
+    return [s.replace(image=rng.integers(0, 256, (ROWS, 4, 4, 3), np.uint8)) for s in env_steps(9)]
+
+
 def batches(n: int = 6) -> list[SimpleStep]:
     "Learning batches, tensors; every other one with its own discount"
     g, made = torch.Generator().manual_seed(2), []
@@ -220,7 +230,10 @@ def networks() -> SimpleNamespace:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         actor, critic = Policy(), Value()
-    return SimpleNamespace(actor=actor, critic=critic, t_actor=target_of(actor), t_critic=target_of(critic))
+    t_actor, t_critic = target_of(actor), target_of(critic)
+    for t in (*t_actor.parameters(), *t_critic.parameters()):
+        t.data += 0.3  # they have a way to go
+    return SimpleNamespace(actor=actor, critic=critic, t_actor=t_actor, t_critic=t_critic)
 
 
 class Plain(nn.Module):
@@ -269,7 +282,6 @@ class Entry:
     pulls: Callable[[int], int] | None = None  # k -> items pulled for k to come out; None: `forward` says it
     count: int = 14  # items that are looked at, at most
     ends: str = ""  # why items that it does not understand do not come out: it is a head
-    exact: bool = True  # False: resumed at the boundary of episodes
     context: dict[str, Any] = field(default_factory=dict)  # what else is known at bind
     binds_itself: bool = False  # heads do
     foreign: Callable[[SimpleNamespace], list] = lambda parts: []  # more items that it has to let pass
@@ -294,6 +306,11 @@ def _filled() -> ReplayMemory:
 
 def _pairs(n: int = 8) -> list:
     return [(s, s.replace(action=s.action / 2)) for s in acted(n)] + [(a, a / 2) for a in actions(3)]
+
+
+def _played(p: SimpleNamespace) -> list:
+    "Losses with gradients, and batches"
+    return [x for b in batches() for x in ({"loss": torch.ones(()), "model": p.critic, "grads": [torch.ones_like(t) for t in p.critic.parameters()]}, b)]
 
 
 def _delayed(source, p):
@@ -344,6 +361,7 @@ TABLE: dict[type, dict[str, Entry]] = {
     Inlet: {"": Entry(through(lambda inlet: inlet))},
     Every: {"swallows": entry(lambda s: Every(s, 2, lambda inlet: NSkipper(inlet, 2))),
             "multiplies": entry(lambda s: Every(s, 3, lambda inlet: Repeat(inlet, 2))),
+            "batches": entry(lambda s: Every(s, 2, lambda inlet: StepBatcher(Repeat(inlet, 2), 3))),
             "nested": entry(lambda s: Every(s, 2, lambda inlet: Every(inlet, 2, lambda i: ActionClip(i, -0.5, 0.5), name="inner"), name="outer")),
             "learns": learning(_delayed)},
     Repeat: {"": entry(lambda s: Repeat(s, 3), pulls=lambda k: -(-k // 3)), "once": entry(lambda s: Repeat(s, 1), pulls=lambda k: k)},
@@ -353,11 +371,17 @@ TABLE: dict[type, dict[str, Entry]] = {
     NSkipper: {"steps": entry(lambda s: NSkipper(s, 2)), "windows": entry(lambda s: NSkipper(s, 2), windows)},
     FirstLastMerger: {"": entry(lambda s: FirstLastMerger(s, 0.9), windows)},
     NStepFlattener: {"": entry(NStepFlattener, windows)},
-    GymStepper: {"random": Entry(lambda _, p: GymStepper(GOAL, n=2, mode="sync", seed=SEED), None, exact=False),
-                 "acts": Entry(lambda _, p: GymStepper(GOAL, _pursuer(), 2, "sync", SEED, random_steps=4), None, exact=False),
-                 "one": Entry(lambda _, p: GymStepper(GOAL, _pursuer(), 1, "single", SEED), None, exact=False),
-                 "vector": Entry(lambda _, p: GymStepper(CountingVector(3), seed=SEED), None, exact=False)},
-    EpisodeStepper: {"": Entry(lambda _, p: EpisodeStepper(GOAL, _pursuer(noise=False), episodes=5, seed=SEED, n=2), None, exact=False)},
+    Tap: {"": entry(Tap), "windows, few": entry(lambda s: Tap(s, limit=3), windows),
+          "gradients": learning(lambda s, p: BasicOptStepper(Tap(s, grads=True), p.critic, 1e-2), losses_and_batches)},
+    Tape: {"steps": Entry(lambda _, p: Tape(env_steps()), None),
+           "losses": Entry(lambda _, p: Tape(_played(p), {"Value": p.critic}), None, networks)},
+    StepBatcher: {"": entry(lambda s: StepBatcher(s, 3)), "smaller": entry(lambda s: StepBatcher(s, 1), lambda: env_steps(6)),
+                  "tensors": entry(lambda s: StepBatcher(s, 5), lambda: as_torch(env_steps()))},
+    GymStepper: {"random": Entry(lambda _, p: GymStepper(GOAL, n=2, mode="sync", seed=SEED), None),
+                 "acts": Entry(lambda _, p: GymStepper(GOAL, _pursuer(), 2, "sync", SEED, random_steps=4), None),
+                 "one": Entry(lambda _, p: GymStepper(GOAL, _pursuer(), 1, "single", SEED), None),
+                 "vector": Entry(lambda _, p: GymStepper(CountingVector(3), seed=SEED), None)},
+    EpisodeStepper: {"": Entry(lambda _, p: EpisodeStepper(GOAL, _pursuer(noise=False), episodes=5, seed=SEED, n=2), None)},
     ReplayWriter: {"": entry(lambda s: ReplayWriter(s, ReplayMemory(11)))},
     ReplaySampler: {"offline": entry(lambda s: ReplaySampler(s, _filled(), BS))},
     ExperienceReplay: {"": entry(lambda s: ExperienceReplay(s, BS, 12, warmup=7)),
@@ -395,6 +419,8 @@ TABLE: dict[type, dict[str, Entry]] = {
     RollingTerminatedRewardCollector: {"": entry(lambda s: RollingTerminatedRewardCollector(s, 3))},
     BatchCollector: {"": entry(BatchCollector, batches)},
     EpocherCollector: {"": entry(EpocherCollector, batches), "batches": entry(lambda s: EpocherCollector(s, 2), batches)},
+    VideoCollector: {"": entry(VideoCollector, lambda: with_images()), "few": entry(lambda s: VideoCollector(s, frames=2), lambda: with_images())},
+    EpochLength: {"": entry(lambda s: EpochLength(s, 3))},
     LossCollector: {"": entry(LossCollector, numbers, count=60), "filters": entry(lambda s: LossCollector(s, filter=True), numbers)},
     LearnerHead: {"": learning(_learner, pulls=lambda k: k, ends="a head hands on batches only", binds_itself=True)},
 }
@@ -408,6 +434,7 @@ def kept(item: Any) -> Any:
 
 def difference(a: Any, b: Any, at: str = "item") -> str:
     "Where two nests differ, to the bit; empty where they do not. Networks count as equal when their classes are"
+    a, b = (x.item() if isinstance(x, np.generic) else x for x in (a, b))  # as a file keeps it
     if isinstance(a, nn.Module):
         return "" if type(a) is type(b) else f"{at}: {type(a)} and {type(b)}"
     if type(a) is not type(b):
@@ -430,6 +457,3 @@ def difference(a: Any, b: Any, at: str = "item") -> str:
             return f"{at}: {len(a)} and {len(b)} of them"
         return next((d for i, (x, y) in enumerate(zip(a, b)) if (d := difference(x, y, f"{at}[{i}]"))), "")
     return "" if a is b or a == b or (a != a and b != b) else f"{at}: {a!r} and {b!r}"
-
-
-__all__ = [n for n in dir() if n[0] != "_"] + ["map_leaves"]

@@ -27,8 +27,8 @@ class FakeLearner:
     def describe(self):
         return f"FakeStack on {self.env}: state [B, 3] -> action [B, 1]"
 
-    def fit(self, epochs=None, env_steps=None, stop=None):
-        self.interrupted, r = False, self.recorder
+    def fit(self, epochs=None, env_steps=None, stop=None, checkpoint_every=None, folder=None, keep=1, best_episodes=0):
+        self.interrupted, self.folder, r = False, folder, self.recorder
         before = signal.signal(signal.SIGINT, lambda *_: setattr(self, "interrupted", True))
         target = r.env_steps + (env_steps if env_steps is not None else epochs * self.BATCHES)
         for logger in self.loggers:
@@ -51,7 +51,7 @@ class FakeLearner:
         for logger in self.loggers:
             logger.on_fit_end(r.rows[first:])
         signal.signal(signal.SIGINT, before)
-        if self.interrupted:
+        if self.interrupted or checkpoint_every:
             self.save(self.folder)
         return r.rows[first:]
 
@@ -63,7 +63,7 @@ class FakeLearner:
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder)/"manifest.json").write_text(json.dumps(self.recorder.get_state()))
 
-    def load(self, folder):
+    def load(self, folder, environments=True):
         self.recorder.set_state(json.loads((Path(folder)/"manifest.json").read_text()))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from torch import nn
 
 from ..core import SimpleStep, evaluating, leaves, map_leaves, mode_matters, to_numpy, to_tensor
@@ -17,9 +18,10 @@ from ..envs.spaces import action_map, action_size
 from ..errors import check_shape, message, shape_of
 from ..exploration.noise import Exploration
 from ..networks.calls import call_model, model_device, model_dtype
+from ..networks.contracts import buffers_kept, check_model
 from ..pipes.control import Inlet
 from ..pipes.core import Context, Pipe, Stage, traverse
-from ..pipes.graph import find_pipe, pipe_to_device
+from ..pipes.graph import find_pipe, find_pipes, pipe_to_device
 
 # %% auto #0
 __all__ = ['SimpleModelRunner', 'ActionClip', 'ActionUnbatcher', 'StepFieldSelector', 'NumpyConverter', 'ActionScaler',
@@ -75,11 +77,13 @@ class SimpleModelRunner(Stage):
         return {"model": self.model}
 
     def probe(self, item: Any) -> tuple:
-        with evaluating(self.model):
-            out = self.forward(item)
-        if isinstance(out, SimpleStep):
-            check_shape(f"{self} ({type(self.model).__name__})", "action", out.action, (len(next(_flat(item.state))), None), "a policy returns [B, A]")
-        return (out,)
+        if isinstance(item, SimpleStep):
+            state = to_tensor(item.state, self._device, self._dtype)
+            rows, box = len(next(_flat(state))), isinstance(self.context.action_space, spaces.Box)
+            check_model(f"{self} ({type(self.model).__name__})", "action", self.model, state, shape=(rows, None), whole=not box,
+                        expected="an observation that the policy fits")
+        with buffers_kept(self.model):
+            return (self.forward(item),)
 
 
 def _flat(nest):
@@ -126,6 +130,9 @@ class ActionClip(Stage):
             return a.clamp(self.clip_min, self.clip_max)
         low, high = self._bounds
         return np.minimum(np.maximum(a, low), high)
+
+    def probe(self, item: Any) -> tuple:
+        return (self.forward(item),)
 
 # %% ../../nbs/agents/00_core.ipynb #fde42986
 class ActionUnbatcher(Stage):
@@ -194,7 +201,7 @@ class AgentHead(Pipe):
         name: str | None = None,  # see `Pipe`
     ):
         super().__init__(source, name)
-        self.inlet = find_pipe(self, Inlet)
+        self.inlet, self._exploring = find_pipe(self, Inlet), find_pipes(self, Exploration)
 
     def next(self) -> Any:
         "What the chain makes of what the inlet holds. Raises Dry when it holds nothing"
@@ -207,6 +214,14 @@ class AgentHead(Pipe):
         "Act for all environments at once; the stepper calls this"
         self.inlet.item = step
         return self._pull()
+
+    def take_back(
+        self,
+        rows: int,  # of the last `act`, that were no steps of an environment
+    ) -> None:
+        "Schedules count environment steps: the rows that a vector environment spends on resets are none"
+        for pipe in self._exploring:
+            pipe.steps -= rows
 
     def __call__(
         self,
@@ -227,6 +242,9 @@ class AgentHead(Pipe):
         deterministic: bool = True,  # without exploration?
     ) -> np.ndarray:  # one action, in the environment's units
         "The action for a single observation, as the environment takes it"
+        space = None if self.context is None else self.context.observation_space
+        if isinstance(space, spaces.Box):
+            check_shape(f"{self}.predict", "observation", np.asarray(observation), space.shape, "one observation, without batch axis")
         chain = self._chain(deterministic)
         batched = map_leaves(lambda a: a[None], observation if isinstance(observation, (dict, tuple)) else np.asarray(observation))
         return next(chain([SimpleStep(state=batched, step_n=np.ones((1, 1), np.int64))]))[0]

@@ -18,6 +18,7 @@ from ..envs.stepper import GymStepper
 
 from ..exploration.comparison import ExplorationComparisonLogger
 from ..exploration.noise import OrnsteinUhlenbeck
+from ..learner.datablock import DataBlock, GymTransformBlock, JupyterTransformBlock, VSCodeTransformBlock, epoch_length
 from ..learner.head import LearnerHead
 from ..learner.optimizers import BasicOptStepper
 from ..learner.registry import register_algorithm
@@ -29,6 +30,7 @@ from ..networks.actor_critic import Actor, Critic
 from ..networks.conv import ddpg_conv2d_block
 from ..networks.initializers import init_kaiming_normal_weights, init_uniform_weights, init_xavier_uniform_weights
 from ..networks.targets import target_of
+from ..pipes.batch import StepBatcher
 from ..pipes.control import Inlet
 from ..pipes.graph import pipe_to_device
 from ..pipes.nstep import FirstLastMerger, NSkipper, NStepFlattener, NStepper
@@ -36,21 +38,23 @@ from ..processors.dpg import ActorLossProcessor, CriticLossProcessor
 from ..processors.targets import SoftTargetUpdater, check_one_knob, get_target_model
 
 # %% auto #0
-__all__ = ['DDPGAgent', 'DDPGLearner', 'ddpg', 'Actor', 'Critic', 'ddpg_conv2d_block', 'init_xavier_uniform_weights',
+__all__ = ['ddpg', 'DDPGAgent', 'DDPGLearner', 'Actor', 'Critic', 'ddpg_conv2d_block', 'init_xavier_uniform_weights',
            'init_kaiming_normal_weights', 'init_uniform_weights', 'target_of', 'SimpleStep', 'evaluating',
            'pipe_to_device', 'OrnsteinUhlenbeck', 'ExplorationComparisonLogger', 'ActionClip', 'ActionScaler',
            'ActionUnbatcher', 'SimpleModelRunner', 'StepFieldSelector', 'NumpyConverter', 'AgentHead', 'Inlet',
            'GymStepper', 'NStepper', 'NStepFlattener', 'NSkipper', 'FirstLastMerger', 'ExperienceReplay',
            'CriticLossProcessor', 'ActorLossProcessor', 'BasicOptStepper', 'SoftTargetUpdater', 'get_target_model',
            'LossCollector', 'EpisodeCollector', 'RollingTerminatedRewardCollector', 'EpocherCollector',
-           'BatchCollector', 'ProgressBarLogger', 'LearnerHead']
+           'BatchCollector', 'ProgressBarLogger', 'LearnerHead', 'StepBatcher', 'DataBlock', 'GymTransformBlock',
+           'VSCodeTransformBlock', 'JupyterTransformBlock']
 
 # %% ../../nbs/agents/10_ddpg.ipynb #d4f22f07
 _all_ = ["Actor", "Critic", "ddpg_conv2d_block", "init_xavier_uniform_weights", "init_kaiming_normal_weights", "init_uniform_weights", "target_of",
          "SimpleStep", "evaluating", "pipe_to_device", "OrnsteinUhlenbeck", "ExplorationComparisonLogger", "ActionClip", "ActionScaler", "ActionUnbatcher",
          "SimpleModelRunner", "StepFieldSelector", "NumpyConverter", "AgentHead", "Inlet", "GymStepper", "NStepper", "NStepFlattener", "NSkipper",
          "FirstLastMerger", "ExperienceReplay", "CriticLossProcessor", "ActorLossProcessor", "BasicOptStepper", "SoftTargetUpdater", "get_target_model",
-         "LossCollector", "EpisodeCollector", "RollingTerminatedRewardCollector", "EpocherCollector", "BatchCollector", "ProgressBarLogger", "LearnerHead"]
+         "LossCollector", "EpisodeCollector", "RollingTerminatedRewardCollector", "EpocherCollector", "BatchCollector", "ProgressBarLogger", "LearnerHead",
+         "StepBatcher", "DataBlock", "GymTransformBlock", "VSCodeTransformBlock", "JupyterTransformBlock"]
 
 # %% ../../nbs/agents/10_ddpg.ipynb #d2efda64
 def DDPGAgent(
@@ -93,7 +97,7 @@ def DDPGLearner(
     max_sz: int = 10000,  # transitions in the replay
     nsteps: int = 1,  # steps merged into a sample
     device: torch.device | str | None = None,  # where to learn; None: where the networks are
-    batches: int | None = None,  # pulls in an epoch; None: 1000
+    batches: int | None = None,  # pulls in an epoch; None: as `dls` says, else 1000
     dp_augmentation_fns: Sequence[Callable] | None = None,  # each takes the stack and returns a new one
     debug: bool = False,  # print the stack with its shapes
     discount: float = 0.99,  # per environment step
@@ -122,7 +126,7 @@ def DDPGLearner(
     for augment in dp_augmentation_fns or ():
         pipe = augment(pipe)
     loggers = [ProgressBarLogger()] if logger_bases is None else logger_bases
-    learner = LearnerHead(pipe, 1000 if batches is None else batches, loggers, device, valid, name="DDPGLearner")
+    learner = LearnerHead(pipe, epoch_length(train) if batches is None else batches, loggers, device, valid, name="DDPGLearner")
     if debug:
         print(learner.describe())
     return learner
@@ -167,4 +171,4 @@ def ddpg(
                        device=device, batches=batches, discount=discount, warmup=warmup, repeat=repeat, clip_critic_grad=clip_critic_grad)
 
 
-register_algorithm("ddpg", ddpg, "ddpg")
+ddpg = register_algorithm("ddpg", ddpg, "ddpg").build  # notes its settings in the learner, for `load_run`

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 
-from .rows import (ANEW, OBSERVED, STEPPED, EnvBackend, Refused, RowBuffer, env_fault, env_name,
-                                    render_frame)
+from .attributes import Inexact
+from .rows import (ANEW, OBSERVED, STEPPED, EnvBackend, Refused, RowBuffer, check_rows, copy_arrays, env_fault, env_name,
+                                    render_frame, rows_state, same_arrays)
+from .snapshots import put_env, take_env
 from .spaces import check_action_space, check_observation_space
 from ..errors import WorkerError, check_choice, message, shape_of
 
@@ -164,6 +166,32 @@ class VectorBackend(EnvBackend):
         if self._todo:
             return ValueError(message("VectorBackend", "step", "was called", "`observe` before each step"))
         return ValueError(message("VectorBackend", "actions", f"is {shape_of(actions)}", f"{self.n} rows"))
+
+    def snapshot(self) -> dict[str, Any] | None:
+        if isinstance(self.env, AsyncVectorEnv):
+            self.inexact = "the environments live in the processes of an AsyncVectorEnv; mode='workers' keeps theirs"
+            return None
+        try:
+            shown = {OBSERVED: self._now.nest, STEPPED: self._next.nest}.get(self._todo)
+            return {**rows_state(self, [take_env(self.env)], shown), "after": self._after.nest, "ended": self._ended, "fake": self._fake}
+        except Inexact as e:
+            self.inexact = str(e)
+            return None
+
+    def restore(self, state: dict[str, Any]) -> None:
+        check_rows(state, self._now.nest, self.n)
+        if not (same_arrays((state.get("after"), state.get("ended"), state.get("fake")), (self._after.nest, self._ended, self._fake))
+                and isinstance(state.get("envs"), list) and len(state["envs"]) == 1):
+            raise CheckpointError(message("VectorBackend", "snapshot", f"is {shape_of(state)[:300]}", f"the state of one vector environment of {self.n} rows"))
+        self.seed(None)
+        put_env(self.env, state["envs"][0])
+        self._seed, self.steps = state["seed"], state["steps"]
+        for name in ("first", "_terminated", "_truncated", "_ended", "_fake"):
+            getattr(self, name)[...] = state[name.lstrip("_")]
+        copy_arrays(self._after.nest, state["after"])
+        if state["todo"] != ANEW:
+            copy_arrays((self._now if state["todo"] == OBSERVED else self._next).nest, state["shown"])
+        self._todo = state["todo"]
 
     def render(self) -> list:
         return list(render_frame(self.env, self.names[0]))

@@ -192,6 +192,7 @@ def register_debug_envs() -> None:
     for name in ("Counting", "Nested", "AnyAction", "NoOp", "Faulty"):
         _register(name, doubles + name)
     _register("CountingVector", doubles + "Counting", vector_entry_point=doubles + "CountingVector")
+    _register("PixelReach", "fastrl_pipes.envs.pixels:pixel_reach")
 
 
 def _register(name, entry_point, **more):

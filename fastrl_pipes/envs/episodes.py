@@ -66,13 +66,16 @@ class EpisodeStepper(GymStepper):
         self._ended = True
 
     def get_own(self) -> dict[str, Any]:
-        return {**super().get_own(), "finished": self._finished if self._playing.any() else self._begun}
+        finished = self._finished if self._playing.any() else self._begun
+        return {**super().get_own(), "begun": self._begun, "finished": finished, "playing": self._playing}
 
     def set_own(self, state: dict[str, Any]) -> None:
-        "The episodes that were being played begin again, from their seeds"
+        "Continue exactly there; where the state has no environments, the episodes that were being played begin again, from their seeds"
         super().set_own(state)
-        self._begun = self._finished = state["finished"]
+        self._finished = self._begun = state["finished"]
         self._playing = np.zeros(self.n, bool)
+        if state["envs"] is not None:
+            self._begun, self._playing = state["begun"], state["playing"]
 
 # %% ../../nbs/envs/11_episodes.ipynb #45d005cd
 def episode_returns(

@@ -12,9 +12,11 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from .rows import (ANEW, OBSERVED, STEPPED, EnvBackend, Refused, RowBuffer, common_spaces, env_fault,
-                                    env_name, render_frame)
-from ..errors import message, shape_of
+from .attributes import Inexact
+from .rows import (ANEW, OBSERVED, STEPPED, EnvBackend, Refused, RowBuffer, check_rows, common_spaces, copy_arrays, env_fault,
+                                    env_name, render_frame, rows_state)
+from .snapshots import put_env, take_env
+from ..errors import CheckpointError, message, shape_of
 
 # %% auto #0
 __all__ = ['EnvRows']
@@ -120,6 +122,28 @@ class EnvRows(EnvBackend):
         if self._todo:
             return ValueError(message("EnvRows", "step", "was called", "`observe` before each step"))
         return ValueError(message("EnvRows", "actions", f"is {shape_of(actions)}", f"{self.n} rows"))
+
+    def snapshot(self) -> dict[str, Any] | None:
+        try:
+            return rows_state(self, [take_env(env) for env in self.envs], {OBSERVED: self._now.nest, STEPPED: self._next.nest}.get(self._todo))
+        except Inexact as e:
+            self.inexact = str(e)
+            return None
+
+    def restore(self, state: dict[str, Any]) -> None:
+        check_rows(state, self._now.nest, self.n)
+        if not isinstance(state.get("envs"), list) or len(state["envs"]) != self.n:
+            raise CheckpointError(message("EnvRows", "envs", f"are {shape_of(state.get('envs'))[:80]}", f"the states of {self.n} environments"))
+        self.seed(None)
+        for env, taken in zip(self.envs, state["envs"]):
+            put_env(env, taken)
+        self._seed, self.steps = state["seed"], state["steps"]
+        for name in ("first", "_terminated", "_truncated"):
+            getattr(self, name)[...] = state[name.lstrip("_")]
+        if state["todo"] != ANEW:
+            copy_arrays((self._now if state["todo"] == OBSERVED else self._next).nest, state["shown"])
+        self._begun, self._todo = bool(self.first.any()), state["todo"]
+        self._over = self._todo == STEPPED and bool((self._terminated | self._truncated).any())
 
     def render(self) -> list:
         return [render_frame(env, name) for env, name in zip(self.envs, self.names)]

@@ -28,15 +28,15 @@ def _spot(x, y, size, radius, hollow=False):
 
 # %% ../../nbs/envs/09_pixels.ipynb #bf1947c6
 class PixelReach(gymnasium.Env):
-    "A point is pushed to a ring; reward minus the distance. Observation: one frame [size, size] uint8, the ring darker than the point"
+    "A point is pushed to a ring; reward ten times what it came nearer. Observation: one frame [size, size] uint8, the ring darker than the point"
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 15}
 
     def __init__(
         self,
         size: int = 32,  # pixels along one side of a frame
-        length: int = 40,  # steps until truncation
-        push: float = 0.06,  # velocity that an action of 1 adds in one step
-        friction: float = 0.3,  # part of the velocity that is lost in one step, in [0, 1]
+        length: int = 25,  # steps until truncation
+        push: float = 0.12,  # velocity that an action of 1 adds in one step
+        friction: float = 0.5,  # part of the velocity that is lost in one step, in [0, 1]
         render_mode: str | None = None,  # None, or "rgb_array": larger frames in colour
     ):
         check_number("PixelReach", "size", size, 15, whole=True)
@@ -51,10 +51,14 @@ class PixelReach(gymnasium.Env):
         point, ring = _spot(*self.position, self.size, 0.16), _spot(*self.goal, self.size, 0.28, hollow=True)
         return np.maximum(255 * point, 110 * ring).astype(np.uint8)
 
+    @property
+    def distance(self) -> float:
+        "From the point to the ring's centre"
+        return float(np.linalg.norm(self.position - self.goal))
+
     def best_action(self) -> np.ndarray:  # [2] float32, in [-1, 1]
-        "A good push, from what the frame does not say: towards the place where friction would stop the point"
-        coast = self.velocity / self.friction if self.friction else self.velocity
-        return np.clip((self.goal - self.position - coast) / self.push, -1, 1).astype(np.float32)
+        "A good push, from what no frame says: so that the next step ends in the ring, or as near to it as can be"
+        return np.clip((self.goal - self.position - self.velocity * (1 - self.friction)) / self.push, -1, 1).astype(np.float32)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -63,12 +67,13 @@ class PixelReach(gymnasium.Env):
         return self._see(), {}
 
     def step(self, action):
+        before = self.distance
         self.velocity = self.velocity * (1 - self.friction) + self.push * np.clip(np.asarray(action, np.float64), -1, 1)
         position = self.position + self.velocity
         self.position = np.clip(position, -0.9, 0.9)
         self.velocity = np.where(position == self.position, self.velocity, 0.0)  # walls stop it
         self.t += 1
-        return self._see(), -float(np.linalg.norm(self.position - self.goal)), False, self.t >= self.length, {}
+        return self._see(), 10 * (before - self.distance), False, self.t >= self.length, {}
 
     def render(self) -> np.ndarray | None:  # [256, 256, 3] uint8, with render_mode="rgb_array"
         if self.render_mode is None:
@@ -86,7 +91,3 @@ def pixel_reach(
     "`PixelReach`, a few frames at a time; also known to gymnasium as `fastrl/PixelReach-v0`"
     check_number("pixel_reach", "stack", stack, 1, whole=True)
     return FrameStackObservation(PixelReach(**settings), stack)
-
-
-if "fastrl/PixelReach-v0" not in gymnasium.registry:
-    gymnasium.register("fastrl/PixelReach-v0", "fastrl_pipes.envs.pixels:pixel_reach")

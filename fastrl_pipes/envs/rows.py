@@ -13,11 +13,11 @@ import numpy as np
 from gymnasium.vector.utils import create_empty_array
 
 from .spaces import check_action_space, check_observation_space
-from ..errors import WorkerError, message, shape_of
+from ..errors import CheckpointError, WorkerError, message, shape_of
 
 # %% auto #0
 __all__ = ['OBSERVED', 'STEPPED', 'ANEW', 'EnvBackend', 'env_name', 'env_fault', 'render_frame', 'common_spaces', 'Refused',
-           'RowBuffer']
+           'RowBuffer', 'rows_state', 'check_rows', 'same_arrays', 'copy_arrays']
 
 # %% ../../nbs/envs/03_rows.ipynb #56cb8897
 OBSERVED, STEPPED, ANEW = range(3)  # what `observe` has to do: nothing, go on, begin all episodes anew
@@ -33,6 +33,7 @@ class EnvBackend:
     names: list[str]  # of the environments, for messages
     first: np.ndarray  # [n, 1] bool; after `observe`: an episode of this row begins here
     steps: int = 0  # calls of `step` so far
+    inexact: str = "its way of running environments cannot be taken"  # after `snapshot` gave None: why
 
     def observe(self) -> Any:  # nest of [n, ...] arrays
         "The observations to act on; performs the resets that are due. Asking twice changes nothing"
@@ -55,6 +56,17 @@ class EnvBackend:
     def reset_all(self) -> None:
         "The next `observe` begins all episodes anew, without a seed"
         self.seed(None)
+
+    def snapshot(self) -> dict[str, Any] | None:
+        "The exact state of all rows, as plain values: own memory for what is the environments', live references for buffers. None where there is none"
+        return None
+
+    def restore(
+        self,
+        state: dict[str, Any],  # from `snapshot`, perhaps of another backend for the same environments
+    ) -> None:
+        "Continue exactly there. Raises CheckpointError where it does not fit, and begins all episodes anew then"
+        raise CheckpointError(message(self.mode, "snapshot", "is given", "none", self.inexact))
 
     def render(self) -> list:  # n frames, [H, W, 3] uint8 with render_mode="rgb_array"
         "A picture of each row"
@@ -169,6 +181,57 @@ class RowBuffer:
         "The first row that is not finite, and the leaf in it"
         return min((int(np.flatnonzero(~np.isfinite(a.reshape(len(a), -1)).all(1))[0]), path)
                    for path, _, a in self.leaves if a.dtype.kind == "f" and not np.isfinite(a).all())
+
+# %% ../../nbs/envs/03_rows.ipynb #9bbdea1b
+def rows_state(
+    backend: EnvBackend,  # with `_todo`, `_seed`, `_now` and `_next`, and the flags of the latest step
+    envs: list,  # the environments' states
+    shown: Any,  # the nest that the agent acts on next; None where all episodes begin anew
+) -> dict[str, Any]:
+    "The state of rows, the same whether they run in this process or in several"
+    return {"todo": backend._todo, "seed": backend._seed, "steps": backend.steps, "shown": shown, "first": backend.first,
+            "terminated": backend._terminated, "truncated": backend._truncated, "envs": envs}
+
+
+def check_rows(
+    state: dict[str, Any],  # from `rows_state`
+    shown: Any,  # the nest of arrays that it will be copied to
+    n: int,  # rows
+) -> None:
+    "Raises CheckpointError where a state is malformed, or is of other rows"
+    try:
+        fits = (state["todo"] in (OBSERVED, STEPPED, ANEW) and type(state["steps"]) is int and (state["seed"] is None or type(state["seed"]) is int)
+                and all(_same_kind(state[k], np.zeros((n, 1), bool)) for k in ("first", "terminated", "truncated"))
+                and (state["todo"] == ANEW or same_arrays(state["shown"], shown)))
+    except (KeyError, TypeError):
+        fits = False
+    if not fits:
+        raise CheckpointError(message("environments", "snapshot", f"is {shape_of(state)[:300]}", f"the state of {n} rows of {shape_of(shown)}"))
+
+
+def _same_kind(a, b):
+    return isinstance(a, np.ndarray) and a.shape == b.shape and a.dtype == b.dtype
+
+
+def same_arrays(
+    a: Any,  # a nest
+    b: Any,  # another one
+) -> bool:
+    "Do two nests hold arrays of the same shapes and dtypes in the same places?"
+    if isinstance(b, dict):
+        return isinstance(a, dict) and a.keys() == b.keys() and all(same_arrays(a[k], b[k]) for k in b)
+    if isinstance(b, tuple):
+        return isinstance(a, tuple) and len(a) == len(b) and all(map(same_arrays, a, b))
+    return _same_kind(a, b)
+
+
+def copy_arrays(
+    to: Any,  # a nest of arrays
+    nest: Any,  # the same nest
+) -> None:
+    "Copy every array into its place"
+    for (_, _, there), (_, _, here) in zip(_leaves(to), _leaves(nest), strict=True):
+        there[...] = here
 
 # %% ../../nbs/envs/03_rows.ipynb #e4c44e13
 def _leaves(nest, path="observation", keys=()):

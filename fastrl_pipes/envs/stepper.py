@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector.utils import create_empty_array
 
-from ..core import SimpleStep, map_leaves, spawn_seed, take_rows
+from ..core import SimpleStep, leaves, map_leaves, spawn_seed, take_rows
 from .backends import make_backend
 from .spaces import action_map, action_size, random_actions
 from ..errors import check_number, check_shape, message, shape_of
@@ -100,6 +100,8 @@ class GymStepper(Pipe):
         self._step_n += 1
         self._total += reward
         real = self.n if valid is None else int(valid.sum())
+        if real < self.n and self._act is not None and self.env_steps >= self.random_steps:
+            self.agent.take_back(self.n - real)
         self.env_steps += real
         if self._recorder is not None:
             self._recorder.env_steps += real
@@ -123,26 +125,43 @@ class GymStepper(Pipe):
         return acted.action, acted.raw_action
 
     def get_own(self) -> dict[str, Any]:
-        return {"env_steps": self.env_steps, "episode_n": self._episode_n, "generator": self._rng.bit_generator.state}
+        "Counters, generators and, where that can be had to the bit, the environments (see `envs.snapshots`); else `inexact` says why not"
+        envs = self.backend.snapshot()
+        return {"env_steps": self.env_steps, "step_n": self._step_n, "episode_n": self._episode_n, "total": self._total, "ended": self._ended,
+                "generator": self._rng.bit_generator.state, "envs": envs, "inexact": "" if envs is not None else self.backend.inexact}
 
     def set_own(self, state: dict[str, Any]) -> None:
-        "Counters and generators continue; the environments begin new episodes, which follow from the seed and the steps so far"
-        self.backend.seed(None if self.seed is None else spawn_seed(self.seed, "GymStepper", str(self), state["env_steps"]) >> 32)
-        self.env_steps, self._episode_n, self._ended = state["env_steps"], state["episode_n"], True
+        "Continue exactly there; where the state has no environments, these begin new episodes, which follow from the seed and the steps so far"
+        column, steps = (self.n, 1), state["env_steps"]
+        check_number(str(self), "env_steps", steps, 0, whole=True)
+        for field in ("step_n", "episode_n", "total"):
+            check_shape(str(self), field, state[field], column)
         self._rng.bit_generator.state = state["generator"]
+        if state["envs"] is None:
+            self.backend.seed(None if self.seed is None else spawn_seed(self.seed, "GymStepper", str(self), steps) >> 32)
+        else:
+            self.backend.restore(state["envs"])
+        self.env_steps, self._ended = steps, state["envs"] is None or bool(state["ended"])
+        self._step_n, self._episode_n, self._total = state["step_n"].astype(np.int64), state["episode_n"].astype(np.int64), state["total"].astype(np.float64)
+
+    def probe_state(self) -> SimpleStep:
+        "What the agent sees in a probe: at least three rows, a number unlike the size of any feature"
+        rows = _unlike(self.observation_space, self.action_space)
+        count = np.ones((rows, 1), np.int64)
+        return SimpleStep(state=synthetic(self.observation_space, rows), step_n=count, episode_n=count * 0, env_id=np.arange(rows)[:, None])
 
     def probe(self, item: Any) -> tuple:
-        rows = 3  # a number unlike the sizes of most features
-        state, count = synthetic(self.observation_space, rows), np.ones((rows, 1), np.int64)
-        step = SimpleStep(state=state, step_n=count, episode_n=count * 0, env_id=np.arange(rows)[:, None])
+        step = item if isinstance(item, SimpleStep) else self.probe_state()
+        rows, state = len(step.step_n), step.state
         if self.agent is None:
             step = step.replace(action=random_actions(self.action_space, rows, np.random.default_rng(0)))
         else:
-            step = self.agent.probe_act(step)
+            step = step if step.action is not None else self.agent.probe_act(step)
             check_shape(f"{self}.agent", "action", step.action, (rows, action_size(self.action_space)), f"the action space is {self.action_space}")
         raw = self._map_of().to_env(step.action) if step.raw_action is None else step.raw_action
-        flag, reward = np.zeros((rows, 1), bool), np.zeros((rows, 1), np.float32)
-        return (step.replace(next_state=map_leaves(np.copy, state), reward=reward, terminated=flag, truncated=flag, total_reward=reward, raw_action=raw),)
+        reward, row = np.linspace(-1, 1, rows, dtype=np.float32)[:, None], np.arange(rows)[:, None]
+        return (step.replace(next_state=map_leaves(lambda a: np.roll(a, 1, 0), state), reward=reward, terminated=row % 3 == 1, truncated=row % 3 == 2,
+                             total_reward=reward.astype(np.float64), raw_action=raw),)
 
     def _map_of(self):
         return action_map(self.action_space)
@@ -156,10 +175,29 @@ def synthetic(
     space: spaces.Space,  # of one environment
     rows: int,  # how many
 ) -> Any:  # nest of [rows, ...] arrays inside of the space
-    "Observations made up for a probe: zeros, moved inside of the bounds"
+    "Observations made up for a probe: no two rows are equal where the space allows it, and all are inside of the bounds"
     if isinstance(space, spaces.Dict):
         return {k: synthetic(s, rows) for k, s in space.items()}
     if isinstance(space, spaces.Tuple):
         return tuple(synthetic(s, rows) for s in space)
     empty = create_empty_array(space, rows)
-    return np.clip(empty, space.low, space.high) if isinstance(space, spaces.Box) else empty + getattr(space, "start", 0)
+    pattern = np.modf(np.arange(1, empty.size + 1) * 0.6180339887)[0].reshape(empty.shape)  # spread evenly over [0, 1)
+    if isinstance(space, spaces.Box):
+        return _inside(space, pattern).astype(space.dtype)
+    size = space.nvec if isinstance(space, spaces.MultiDiscrete) else 2 if isinstance(space, spaces.MultiBinary) else space.n
+    return (pattern * size).astype(empty.dtype) + np.asarray(getattr(space, "start", 0), empty.dtype)
+
+
+def _inside(box, pattern):
+    "A pattern in [0, 1) stretched over a box, or over a part of it near its middle where it is wide or has no bounds"
+    low, high = (np.asarray(x, np.float64) for x in (box.low, box.high))
+    below, above = np.abs(low) < 1e6, np.abs(high) < 1e6
+    low, high = (np.where(below, low, np.where(above, high - 2, -1)), np.where(above, high, np.where(below, low + 2, 1)))
+    half = np.minimum((high - low) / 2, 10)
+    return (low + high) / 2 + half * (2 * pattern - 1)
+
+
+def _unlike(*several):
+    "The smallest number of rows, from 3 on, that is the size of nothing in the spaces"
+    sizes = {n for space in several for _, a in leaves(synthetic(space, 1)) for n in a.shape[1:]}
+    return next(n for n in range(3, 1000) if n not in sizes)

@@ -23,9 +23,9 @@ import gymnasium
 import numpy as np
 
 from .inprocess import EnvRows
-from .rows import ANEW, OBSERVED, STEPPED, EnvBackend, common_spaces, env_fault, env_name
+from .rows import ANEW, OBSERVED, STEPPED, EnvBackend, check_rows, common_spaces, env_fault, env_name, rows_state
 from .shared import map_arrays, shared_arrays, shared_file
-from ..errors import WorkerError, check_number, message, shape_of
+from ..errors import CheckpointError, WorkerError, check_number, message, shape_of
 
 # %% auto #0
 __all__ = ['usable_cpus', 'Workers']
@@ -51,12 +51,26 @@ def _work(conn: Connection, factories: bytes, lo: int, worker: int, check: bool)
             rows.step(actions.copy())  # an environment may keep the action that it was given
 
         serve = {"observe": lambda _: rows.observe(), "step": step, "seed": rows.seed, "render": lambda _: rows.render(),
-                 "close": lambda _: rows.close()}
+                 "snapshot": lambda _: _envs_state(rows), "restore": lambda state: _restored(rows, state), "close": lambda _: rows.close()}
         conn.send((True, None))
         word = ""
         while word != "close":
             word, value = conn.recv()
-            _answer(conn, serve[word], value, (lambda r: r) if word == "render" else (lambda r: None))
+            _answer(conn, serve[word], value, (lambda r: r) if word in ("render", "snapshot", "restore") else (lambda r: None))
+
+
+def _envs_state(rows):
+    "The states of the environments, or a reason why they cannot be had"
+    state = rows.snapshot()
+    return rows.inexact if state is None else state["envs"]
+
+
+def _restored(rows, state):
+    "Nothing, or a reason why the state was refused"
+    try:
+        rows.restore(state)
+    except CheckpointError as e:
+        return str(e)
 
 
 def _answer(conn, fn, value, tell):
@@ -166,6 +180,7 @@ class Workers(EnvBackend):
         self.first = np.zeros((self.n, 1), bool)
 
     def seed(self, seed: int | None) -> None:
+        self._seed = seed  # until all episodes have begun
         self._ask(self._all, "seed", seed)
         self._todo, (self._now, self._next) = ANEW, self._buffers
 
@@ -176,7 +191,7 @@ class Workers(EnvBackend):
         if todo:
             self._now, self._next = self._next, self._now
             if todo == ANEW:
-                self.first[:] = True
+                self.first[:], self._seed = True, None
             else:
                 np.logical_or(self._terminated, self._truncated, out=self.first)
             if self.first.any():
@@ -195,14 +210,14 @@ class Workers(EnvBackend):
         self._todo = STEPPED
         return self._next, self._reward, self._terminated, self._truncated, None
 
-    def _ask(self, workers, word, value=None):
+    def _ask(self, workers, word, value=None, values=None):
         if self.closed:
             raise WorkerError(message("Workers", word, "was called", "an open backend", "it was closed, or failed before"))
         self._collect(list(self._unanswered), word, self.timeout)  # left over where an interrupt came before the answer
         for w in workers:
             self._unanswered.append(w)
             with contextlib.suppress(OSError):  # a dead worker shows when its answer is due
-                self._conns[w].send((word, value))
+                self._conns[w].send((word, value if values is None else values[w]))
         return self._collect(workers, word, self.timeout)
 
     def _collect(self, workers, word, timeout):
@@ -237,6 +252,30 @@ class Workers(EnvBackend):
         if self._todo:
             return ValueError(message("Workers", "step", "was called", "`observe` before each step"))
         return ValueError(message("Workers", "actions", f"is {shape_of(actions)}", f"{self.n} rows"))
+
+    def snapshot(self) -> dict[str, Any] | None:
+        if self._todo == _INTERRUPTED:
+            self.seed(None)
+        parts = self._ask(self._all, "snapshot")
+        if why := next((p for p in parts if isinstance(p, str)), ""):
+            self.inexact = why
+            return None
+        return rows_state(self, [env for part in parts for env in part], {OBSERVED: self._now, STEPPED: self._next}.get(self._todo))
+
+    def restore(self, state: dict[str, Any]) -> None:
+        check_rows(state, self._now, self.n)
+        if not isinstance(state.get("envs"), list) or len(state["envs"]) != self.n:
+            raise CheckpointError(message("Workers", "envs", f"are {shape_of(state.get('envs'))[:80]}", f"the states of {self.n} environments"))
+        self.seed(None)
+        parts = []
+        for lo, hi in zip(self._starts, self._starts[1:]):
+            part = {k: map_arrays(lambda a: a[lo:hi], state[k]) for k in ("first", "terminated", "truncated")}
+            shown = None if state["todo"] == ANEW else map_arrays(lambda a: a[lo:hi], state["shown"])
+            parts.append({**state, **part, "shown": shown, "envs": state["envs"][lo:hi]})
+        if why := next((answer for answer in self._ask(self._all, "restore", values=parts) if answer), ""):
+            self.seed(None)
+            raise CheckpointError(why)
+        self.first[...], self._seed, self.steps, self._todo = state["first"], state["seed"], state["steps"], state["todo"]
 
     def render(self) -> list:
         if None in self._render_modes:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..core import SimpleStep, spawn_seed, to_numpy
-from ..errors import check_number, check_shape, message
+from ..errors import CheckpointError, check_number, check_shape, message, shape_of
 from ..pipes.core import Context, Stage
 
 # %% auto #0
@@ -175,7 +175,10 @@ class OrnsteinUhlenbeck(Exploration):
 
     def set_own(self, state: dict[str, Any]) -> None:
         super().set_own(state)
-        self._x = state["x"]
+        x = state["x"]
+        if x is not None and (x.dtype != np.float64 or x.shape != (self._rows, self.width)):
+            raise CheckpointError(message(str(self), "x", f"is {shape_of(x)}", f"float64 [{self._rows}, {self.width}]"))
+        self._x = x
 
 # %% ../../nbs/exploration/00_noise.ipynb #8259a2ab
 class GaussianNoise(Exploration):

@@ -5,10 +5,12 @@
 # %% ../../nbs/learner/01_checkpoint.ipynb #267c9580
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import platform
+import re
 import uuid
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,9 +23,12 @@ from safetensors.torch import load_file, save_file
 
 from ..core import STEP_TYPES, SimpleStep
 from ..errors import CheckpointError, message
+from ..memory.experience_replay import ReplayMemory
+from ..memory.segments import file_sum, open_plain, save_rows
 
 # %% auto #0
-__all__ = ['FORMAT', 'to_plain', 'from_plain', 'save_checkpoint', 'load_checkpoint', 'read_manifest', 'versions']
+__all__ = ['FORMAT', 'BIGGEST_JSON', 'to_plain', 'from_plain', 'save_checkpoint', 'mark_best', 'kept_checkpoints',
+           'load_checkpoint', 'manifest_name', 'read_manifest', 'versions']
 
 # %% ../../nbs/learner/01_checkpoint.ipynb #d7ba0faf
 _MARK = "__kind__"
@@ -41,7 +46,10 @@ def to_plain(
         return nest if math.isfinite(nest) else {_MARK: "float", "value": repr(nest)}
     if isinstance(nest, (np.ndarray, torch.Tensor)):
         key = f"{len(tensors)}:{path}"
-        tensor = torch.from_numpy(np.asarray(nest, order="C")) if isinstance(nest, np.ndarray) else nest.detach().cpu()
+        try:
+            tensor = torch.from_numpy(np.require(nest, requirements="CW")) if isinstance(nest, np.ndarray) else nest.detach().cpu()
+        except TypeError as e:
+            raise TypeError(message("checkpoint", path, f"is an array of {nest.dtype}", "a dtype that torch has", str(e))) from None
         tensors[key] = tensor.contiguous()
         return {_MARK: "array" if isinstance(nest, np.ndarray) else "tensor", "key": key}
     if isinstance(nest, np.generic):
@@ -86,82 +94,201 @@ _MARKED = {
     "tensor": lambda p, t: t[p["key"]],
     "array": lambda p, t: t[p["key"]].numpy(),
     "tuple": lambda p, t: tuple(from_plain(v, t) for v in p["items"]),
-    "items": lambda p, t: {from_plain(k, t): from_plain(v, t) for k, v in p["items"]},
+    "items": lambda p, t: {_key(from_plain(k, t)): from_plain(v, t) for k, v in p["items"]},
     "step": _step,
 }
 
+
+def _key(k):
+    "A key of a dictionary; one that is not equal to itself would never be found"
+    if k != k or isinstance(k, (np.ndarray, torch.Tensor)):
+        raise ValueError(f"{k} is no key")
+    return k
+
 # %% ../../nbs/learner/01_checkpoint.ipynb #4d26e40f
-FORMAT = 1  # of the folder; a reader refuses others
+FORMAT = 2  # of the folder; a reader refuses others
+BIGGEST_JSON = 1 << 25  # bytes of a manifest or a state: read into Python, text takes a multiple of its size
+_NAMES = {"state": r"state-[0-9a-f]{12}\.json", "tensors": r"tensors-[0-9a-f]{12}\.safetensors", "rows": r"rows-[0-9a-f]{12}-\d{1,18}-\d{1,18}\.bin"}
+_MANIFEST = r"manifest(-\d{12}|-best)?\.json"
 
 
 def save_checkpoint(
     folder: str | Path,  # made if it does not exist; an older checkpoint in it is replaced
     state: dict[str, Any],  # from `get_state`
     info: dict[str, Any],  # plain JSON for the manifest: what run this is
+    memories: dict[str, ReplayMemory] | None = None,  # name in `state["modules"]` -> replay whose rows go into files of their own
+    keep: int | None = None,  # checkpoints that stay, this one included, told apart by `info["env_steps"]`; None: those that are kept stay
 ) -> Path:  # the folder
     "Write a checkpoint: beside the old one, synced, then renamed"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     mark, tensors = uuid.uuid4().hex[:12], {}
-    plain = to_plain(state, tensors)
+    rows = {name: save_rows(memory, folder, mark) for name, memory in (memories or {}).items() if memory.layout is not None}
+    if memories:
+        modules = {k: {n: v for n, v in m.items() if n != "rows"} if k in rows else m for k, m in state["modules"].items()}
+        state = {**state, "modules": modules}
+    text = json.dumps(to_plain(state, tensors))
+    if len(text) > BIGGEST_JSON:
+        raise ValueError(message("checkpoint", "state", f"takes {len(text)} bytes without its arrays", f"at most {BIGGEST_JSON}", "which pipe's get_own() returns long lists of numbers? Arrays are better"))
     names = {"state": f"state-{mark}.json", "tensors": f"tensors-{mark}.safetensors"}
     save_file(_separate(tensors), folder / names["tensors"])
-    (folder / names["state"]).write_text(json.dumps(plain))
+    (folder / names["state"]).write_text(text)
     for name in names.values():
         _sync(folder / name)
-    manifest = {"format": FORMAT, "files": names, "bytes": {k: (folder / n).stat().st_size for k, n in names.items()},
-                "versions": versions(), "threads": torch.get_num_threads(), **info}
-    beside = folder / f"manifest-{mark}.json"
-    beside.write_text(json.dumps(manifest, indent=1))
-    _sync(beside)
-    os.replace(beside, folder / "manifest.json")
+    facts = {"bytes": {k: (folder / n).stat().st_size for k, n in names.items()}, "sums": {k: file_sum(folder / n) for k, n in names.items()}}
     _sync(folder)
-    _sweep(folder, keep={"manifest.json", *names.values()})
+    manifest = {"format": FORMAT, "files": names, **facts, "rows": rows, "versions": versions(), "threads": torch.get_num_threads(), **info}
+    _prune(folder, info.get("env_steps", 0), keep)
+    if keep is not None and keep > 1:
+        _write_manifest(folder, f"manifest-{info['env_steps']:012d}.json", manifest)
+    _write_manifest(folder, "manifest.json", manifest)
+    _sweep(folder)
     return folder
 
 
+def mark_best(
+    folder: str | Path,  # with a checkpoint
+    **facts: Any,  # for its manifest: what it is the best by
+) -> None:
+    "Keep the current checkpoint as the best one; the best so far makes room"
+    _write_manifest(Path(folder), "manifest-best.json", {**read_manifest(folder), **facts})
+    _sweep(Path(folder))
+
+
+def _write_manifest(folder, name, manifest):
+    beside = folder / f"manifest-{uuid.uuid4().hex}.tmp"
+    beside.write_text(json.dumps(manifest, indent=1))
+    _sync(beside)
+    os.replace(beside, folder / name)
+    _sync(folder)
+
+
+def kept_checkpoints(
+    folder: str | Path,  # from `save_checkpoint`
+) -> list[int | str]:  # what `which` may be: environment steps in order, and "best"
+    "The checkpoints of a folder beside its current one"
+    found = [m[1][1:] for p in Path(folder).glob("manifest-*.json") if (m := re.fullmatch(_MANIFEST, p.name))]
+    return sorted(int(x) for x in found if x != "best") + [x for x in found if x == "best"]
+
+
+def _prune(folder, number, keep):
+    "Numbers above this one are of a future that was left; of the others the latest stay"
+    old = [n for n in kept_checkpoints(folder) if n != "best"]
+    stay = [n for n in old if n < number]
+    stay = stay if keep is None else stay[len(stay) - min(len(stay), keep - 1):]
+    for n in set(old) - set(stay):
+        (folder / f"manifest-{n:012d}.json").unlink(missing_ok=True)
+
+
+def _sweep(folder):
+    "Remove what no manifest names, and nothing that is not ours"
+    named: set[str] = set()
+    for path in folder.glob("manifest*.json"):
+        try:
+            named |= {name for _, name, _ in _listed(read_manifest(folder, path.name))}
+        except CheckpointError:
+            continue
+    for pattern, kind in (("state-*.json", "state"), ("tensors-*.safetensors", "tensors"), ("rows-*.bin", "rows")):
+        for path in folder.glob(pattern):
+            if path.name not in named and re.fullmatch(_NAMES[kind], path.name):
+                path.unlink(missing_ok=True)
+    for path in folder.glob("manifest-*.tmp"):
+        path.unlink(missing_ok=True)
+
+# %% ../../nbs/learner/01_checkpoint.ipynb #7b75a5d7
 def load_checkpoint(
     folder: str | Path,  # from `save_checkpoint`
-) -> tuple[dict[str, Any], dict[str, Any]]:  # state, manifest
+    which: int | str | None = None,  # one of `kept_checkpoints`; None: the current one
+) -> tuple[dict[str, Any], dict[str, Any]]:  # state without rows of replays, manifest
     "Read a checkpoint. Raises CheckpointError, with the reason, where it is damaged or foreign"
     folder = Path(folder)
-    manifest = read_manifest(folder)
-    files = {}
-    for kind, suffix in (("state", ".json"), ("tensors", ".safetensors")):
-        name = manifest.get("files", {}).get(kind)
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffix) or not (folder / name).is_file():
-            raise CheckpointError(message("checkpoint", kind, f"is {name!r}", f"a file of {folder} that ends in {suffix}"))
-        size = (folder / name).stat().st_size
-        if size != manifest.get("bytes", {}).get(kind):
-            raise CheckpointError(message("checkpoint", kind, f"has {size} bytes", f"{manifest.get('bytes', {}).get(kind)}", f"{name} is cut short or was changed"))
-        files[kind] = folder / name
+    manifest = read_manifest(folder, manifest_name(which))
+    files = {kind: folder / name for kind, name, _ in _listed(manifest) if kind != "rows"}
+    for kind, path in files.items():
+        size, found = (manifest[k].get(kind) if isinstance(manifest.get(k), dict) else None for k in ("bytes", "sums"))
+        if type(size) is not int or (kind == "state" and size > BIGGEST_JSON):
+            raise CheckpointError(message("checkpoint", kind, f"has {str(size)[:40]} bytes", f"a number up to {BIGGEST_JSON}"))
+        if file_sum(path, size) != found:
+            raise CheckpointError(message("checkpoint", path.name, "does not have the sum that was written down", "an undamaged file"))
     try:
-        return from_plain(json.loads(files["state"].read_text()), load_file(files["tensors"])), manifest
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise CheckpointError(message("checkpoint", "files", f"of {folder} cannot be read ({e})", "an undamaged checkpoint")) from e
+        _check_header(files["tensors"])
+        tensors = {k: t.clone() for k, t in load_file(files["tensors"]).items()}  # in memory of their own, not in a map of the file
+        return from_plain(_read_json(files["state"]), tensors), manifest
+    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, RecursionError, RuntimeError, MemoryError) as e:
+        if isinstance(e, CheckpointError):
+            raise
+        raise CheckpointError(message("checkpoint", "files", f"of {folder} cannot be read ({str(e)[:200]})", "an undamaged checkpoint")) from e
+
+
+def manifest_name(
+    which: int | str | None,  # see `load_checkpoint`
+) -> str:
+    "The file of a checkpoint's manifest"
+    if which is None or which == "best":
+        return "manifest.json" if which is None else "manifest-best.json"
+    if type(which) is not int or which < 0:
+        raise TypeError(message("checkpoint", "which", f"is {which!r}", "environment steps, 'best', or None"))
+    return f"manifest-{which:012d}.json"
 
 
 def read_manifest(
     folder: str | Path,  # from `save_checkpoint`
+    name: str = "manifest.json",  # of its file
 ) -> dict[str, Any]:  # what it says
     "The manifest alone. Raises CheckpointError where there is none, or one of another format"
-    path = Path(folder) / "manifest.json"
+    path = Path(folder) / name
+    if not path.exists() and not path.is_symlink():
+        others = kept_checkpoints(folder)
+        raise CheckpointError(message("checkpoint", "folder", f"is {str(folder)!r} without a {name}", "a folder that learner.save wrote", f"it has {others}" if others else ""))
     try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(message("checkpoint", "folder", f"is {str(folder)!r} without a manifest.json", "a folder that learner.save wrote")) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise CheckpointError(message("checkpoint", "manifest.json", f"cannot be read ({e})", "JSON")) from e
+        manifest = _read_json(path)
+    except (ValueError, RecursionError) as e:
+        if isinstance(e, CheckpointError):
+            raise
+        raise CheckpointError(message("checkpoint", name, f"cannot be read ({str(e)[:200]})", "JSON")) from e
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise CheckpointError(message("checkpoint", "format", f"is {found}", str(FORMAT), "was it written by another version?"))
+        raise CheckpointError(message("checkpoint", "format", f"is {str(found)[:40]}", str(FORMAT), "was it written by another version?"))
     return manifest
 
-# %% ../../nbs/learner/01_checkpoint.ipynb #8b84f12a
+
+def _listed(manifest):
+    "(kind, name, segment) of every file that a manifest names. Raises CheckpointError for a name that is not one of ours"
+    files, rows = manifest.get("files"), manifest.get("rows")
+    found = [(kind, files.get(kind) if isinstance(files, dict) else None, None) for kind in ("state", "tensors")]
+    segments = [s for listing in (rows.values() if isinstance(rows, dict) else [None]) for s in (listing if isinstance(listing, list) else [None])]
+    found += [("rows", s.get("name") if isinstance(s, dict) else None, s) for s in segments]
+    for kind, name, _ in found:
+        if not isinstance(name, str) or not re.fullmatch(_NAMES[kind], name):
+            raise CheckpointError(message("checkpoint", kind, f"is {str(name)[:80]!r}", f"the name of a file in the folder, like {_NAMES[kind]}"))
+    return found
+
+
+def _read_json(path):
+    with open_plain(path) as f:
+        data = f.read(BIGGEST_JSON + 1)
+    if len(data) > BIGGEST_JSON:
+        raise CheckpointError(message("checkpoint", path.name, f"has more than {BIGGEST_JSON} bytes", "fewer"))
+    return json.loads(data.decode(), parse_constant=_no_constant)
+
+
+def _no_constant(word):
+    raise ValueError(f"{word} is no JSON")
+
+
+def _check_header(path):
+    "safetensors checks what the header says; here: that it is no larger than ours are"
+    with open_plain(path) as f:
+        size = int.from_bytes(f.read(8), "little")
+    if size > BIGGEST_JSON:
+        raise CheckpointError(message("checkpoint", path.name, f"has a header of {size} bytes", f"at most {BIGGEST_JSON}"))
+
+# %% ../../nbs/learner/01_checkpoint.ipynb #6fc47b53
+@functools.cache
 def versions() -> dict[str, str]:
     "The versions that a result may depend on"
     found = {"python": platform.python_version()}
-    for package in ("fastrl_pipes", "torch", "torchdata", "gymnasium", "numpy", "safetensors"):
+    for package in ("fastrl_pipes", "torch", "torchdata", "gymnasium", "numpy", "safetensors", "mujoco", "ale_py"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -186,11 +313,3 @@ def _sync(path):
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sweep(folder, keep):
-    "Remove what older checkpoints left, and nothing that is not ours"
-    for pattern in ("state-*.json", "tensors-*.safetensors", "manifest-*.json"):
-        for path in folder.glob(pattern):
-            if path.name not in keep:
-                path.unlink(missing_ok=True)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -21,12 +22,17 @@ from ..core import SimpleStep, denormals_flushed
 from ..envs.episodes import EpisodeStepper, episode_returns
 from ..envs.stepper import GymStepper
 from ..errors import CheckpointError, Interrupted, check_number, message, shape_of
-from .checkpoint import load_checkpoint, save_checkpoint
+from .check import check_stack
+from .keeper import Keeper
+from .resume import load_run_into, save_run
+from .film import film, films
+from .profile import Profile, profile
 from ..loggers.recorder import Logger, Recorder
 from ..memory.experience_replay import ReplaySampler
 from ..networks.calls import model_device, model_dtype
 from ..pipes.core import Context, Pipe, bind, named_modules, named_pipes, traverse
-from ..pipes.graph import describe, find_pipes, mermaid, pipe_to_device, probe, settings_in_words
+from ..pipes.graph import Flow, describe, find_pipes, mermaid, pipe_to_device, settings_in_words
+from ..pipes.guards import guard
 
 # %% auto #0
 __all__ = ['LearnerHead']
@@ -48,10 +54,16 @@ class LearnerHead(Pipe):
     ):
         super().__init__(source, name)
         check_number(str(self), "batches", batches, 1, whole=True)
+        for logger in loggers:
+            if not isinstance(logger, Logger):
+                raise TypeError(message(str(self), "loggers", f"holds {logger!r}", "loggers, for example ProgressBarLogger()"))
+        _check_device(str(self), device)
         self.batches, self.loggers, self.folder, self.valid = batches, list(loggers), Path(folder), valid
         self.flush_denormals = flush_denormals
         self.recorder = Recorder()
         self.interrupted = False  # did Ctrl-C end the latest fit?
+        self.built_by: tuple | None = None  # name and settings of the registered builder that made it
+        self._done = self._pulled = 0
         networks = [m for m in named_modules(self).values() if isinstance(m, nn.Module)]
         if device is not None:
             pipe_to_device(self, device)
@@ -63,10 +75,12 @@ class LearnerHead(Pipe):
     def begin(self, lazy: bool = False) -> None:
         super().begin(lazy)
         self._flushed_outside = denormals_flushed()
+        if not lazy:  # an explicit reset: the counters begin anew with the streams
+            self.recorder.set_state(Recorder(self.recorder.window).get_state())
 
-    def check(self) -> None:
-        "Send a synthetic step through every pipe, without effect. Errors name the pipe"
-        probe(self)
+    def check(self) -> dict[str, Flow]:
+        "Look for mistakes without effect: at every joint, in the wiring, in a throw-away environment. Errors name the pipe; see `learner.check`"
+        return check_stack(self)
 
     @property
     def stepper(self) -> GymStepper | None:
@@ -102,71 +116,122 @@ class LearnerHead(Pipe):
         "The stack as a Mermaid diagram"
         return mermaid(self)
 
+    def profile(
+        self,
+        steps: int = 200,  # pulls
+    ) -> Profile:  # prints as a table
+        "Learn for `steps` pulls, and see where the time goes, see `learner.profile`"
+        return profile(self, steps)
+
+    def guard(
+        self,
+        on: bool = True,  # from now on, or no longer
+        ignore: tuple[str, ...] = (),  # fields that may hold NaN or infinity
+    ) -> LearnerHead:  # itself
+        "Look for NaN and infinity behind every pipe, see `pipes.guards`. Off, which is how a learner begins, it costs nothing"
+        if (guarding := self.__dict__.pop("_guarding", None)) is not None:
+            guarding.close()
+        if on:
+            self._guarding = contextlib.ExitStack()
+            self._guarding.enter_context(guard(self, ignore))
+        return self
+
     # Learning
     def fit(
         self,
-        epochs: int | None = None,  # epochs of `batches` pulls each
+        epochs: int | None = None,  # epochs of `batches` pulls each; one that was begun is finished first
         env_steps: int | None = None,  # or: environment steps, which is how people budget
         stop: Callable[[dict], bool] | None = None,  # asked with each epoch's row; True ends the fit
+        checkpoint_every: int | None = None,  # environment steps (batches, where nothing is stepped) from one checkpoint to the next, and one at the end
+        folder: str | Path | None = None,  # of the checkpoints, and of the one that an interrupt saves; None: as the learner was told
+        keep: int = 1,  # so many of the latest checkpoints stay
+        best_episodes: int = 0,  # episodes without exploration at each checkpoint: the best one stays, too
     ) -> list[dict[str, float]]:  # one row per epoch of this fit
-        "Learn. Ctrl-C ends the fit between two pulls and saves a checkpoint to `folder`; the learner stays usable"
+        "Learn. Ctrl-C ends the fit between two pulls and saves a checkpoint; the learner stays usable"
         if (epochs is None) == (env_steps is None):
             raise ValueError(message(str(self), "epochs", f"is {epochs} and env_steps {env_steps}", "one of the two"))
         field, value = ("epochs", epochs) if epochs is not None else ("env_steps", env_steps)
         check_number(f"{self}.fit", field, value, 1, whole=True)
         if env_steps is not None and self.stepper is None:
             raise ValueError(message(f"{self}.fit", "env_steps", f"is {env_steps}", "epochs", "this stack has no environment to count"))
+        keeper = Keeper(self, self.folder if folder is None else folder, checkpoint_every, keep, best_episodes)
         if not self.started:
             self.start()
+        keeper.plan()
         self.recorder.start()
-        return self._fit(epochs, env_steps, stop)
+        return self._fit(epochs, env_steps, stop, keeper)
 
-    def _fit(self, epochs, env_steps, stop):
+    def _fit(self, epochs, env_steps, stop, keeper):
         rows: list[dict[str, float]] = []
-        until = None if env_steps is None else self.env_steps + env_steps
-        self.interrupted = self.context.interrupted = False
+        until = math.inf if env_steps is None else self.env_steps + env_steps
+        self.interrupted = self.context.interrupted = self._pressed = self._asked = False
         self.context.on_wait = self._waiting()
         self._tell("on_fit_start", {"name": str(self), "epochs": epochs, "batches": self.batches, "env_steps": env_steps, "recorder": self.recorder})
         try:
             with self._listening():
-                while not self.context.interrupted and (until is None or self.env_steps < until) and (epochs is None or len(rows) < epochs):
-                    self._epoch(until)
+                while not self.context.interrupted and self.env_steps < until and (epochs is None or len(rows) < epochs):
+                    self._epoch(until, keeper)
                     if self.context.interrupted:
                         break
                     rows.append(self.recorder.read())
+                    self._pulled, self._done = self._pulled + self._done, 0
                     over = stop is not None and stop(rows[-1])
                     self._tell("on_epoch", rows[-1])
                     if over:
                         break
                     self.recorder.start()  # what `stop` took is no training time
+                if keeper.every is not None and not self.context.interrupted:
+                    keeper.save()
         finally:
+            self.context.on_wait = None
             self._tell("on_fit_end", rows)
         if self.context.interrupted:
             self.interrupted, self.context.interrupted = True, False
-            print(f"interrupted after {self.env_steps} environment steps; checkpoint saved to {self.save(self.folder)}")
+            print(f"interrupted after {self.env_steps} environment steps; checkpoint saved to {self.save(keeper.folder, keep=keeper.keep)}")
         return rows
 
-    def _epoch(self, until):
-        "One epoch of pulls; it may end earlier, at the budget or on request"
+    def _epoch(self, until, keeper):
+        "One epoch of pulls, or what is left of it; it may end earlier, at the budget or on request"
         context, recorder, pull = self.context, self.recorder, self.next
-        shown = time.perf_counter()
-        try:
-            for done in range(1, self.batches + 1):
+        shown, batches = time.perf_counter(), self._marks(until, keeper)
+        while self._done < self.batches:
+            try:
                 pull()
-                if context.interrupted or (until is not None and recorder.env_steps >= until):
+            except Interrupted:  # in a warm-up, between two items
+                pass
+            else:
+                self._done += 1
+            if context.interrupted or recorder.env_steps >= self._mark or self._done >= batches:
+                if self._pause(until, keeper):
                     return
-                if (now := time.perf_counter()) - shown > 0.05:
-                    shown = now
-                    self._tell("on_batch", done, self.batches)
-        except Interrupted:
-            return
+                batches = self._marks(until, keeper)
+            if (now := time.perf_counter()) - shown > 0.05:
+                shown = now
+                self._tell("on_batch", self._done, self.batches)
+
+    def _marks(self, until, keeper):
+        "Where to look up: at environment steps (`_mark`), or at batches of this epoch"
+        self._mark = min(until, keeper.due if keeper.in_steps else math.inf)
+        return math.inf if keeper.in_steps else keeper.due - self._pulled
+
+    def _pause(self, until, keeper):
+        "Between two pulls: write a checkpoint if one is due. Is the epoch over?"
+        if self._asked:
+            self._asked, self.context.interrupted = False, self._pressed
+        if self.context.interrupted or self.env_steps >= until:
+            return True
+        if keeper.now >= keeper.due:
+            keeper.save()
+        return False
 
     def _waiting(self):
-        "Tells the loggers how far the warm-up is, now and then"
-        total, shown = max((p.least for p in find_pipes(self, ReplaySampler)), default=0), time.perf_counter()
+        "In a warm-up a pull does not return for long: tells the loggers how far it is, and asks for a pause where one is due"
+        total, shown, recorder = max((p.least for p in find_pipes(self, ReplaySampler)), default=0), time.perf_counter(), self.recorder
 
         def on_wait():
             nonlocal shown
+            if recorder.env_steps >= self._mark:
+                self._asked = self.context.interrupted = True
             if (now := time.perf_counter()) - shown > 0.05:
                 shown = now
                 self._tell("on_warm_up", self.env_steps, total)
@@ -184,9 +249,9 @@ class LearnerHead(Pipe):
             return
 
         def on_signal(number, frame):
-            if self.context.interrupted:
+            if self._pressed or (self.context.interrupted and not self._asked):
                 raise KeyboardInterrupt
-            self.context.interrupted = True
+            self._pressed = self.context.interrupted = True
         before = signal.signal(signal.SIGINT, on_signal)
         try:
             yield
@@ -200,14 +265,19 @@ class LearnerHead(Pipe):
         deterministic: bool = True,  # without exploration
         seed: int = 10000,  # episode i starts from seed + i
         n: int = 20,  # played side by side, at most
-    ) -> dict[str, Any]:  # mean, std, returns [episodes], lengths [episodes]
+        show: bool | None = None,  # film one episode more, and play it in a notebook? None: where the validation stack renders
+    ) -> dict[str, Any]:  # mean, std, returns [episodes], lengths [episodes], and the video where there is one
         "Play whole episodes in environments, stages and generators of their own; training is the same to the bit with and without it"
         steps = self.episodes(episodes, deterministic, seed, n)
         try:
             returns, lengths = episode_returns(steps)
         finally:
             steps.close()
-        return {"mean": float(returns.mean()), "std": float(returns.std()), "returns": returns, "lengths": lengths}
+        found = {"mean": float(returns.mean()), "std": float(returns.std()), "returns": returns, "lengths": lengths}
+        if films(self.valid) if show is None else show:
+            found["video"] = film(self, seed, deterministic)
+            found["video"].show()
+        return found
 
     def episodes(
         self,
@@ -222,10 +292,12 @@ class LearnerHead(Pipe):
         envs = stepper.settings["envs"]
         if isinstance(envs, list):
             envs = envs[0]
-        if isinstance(envs, (gymnasium.Env, gymnasium.vector.VectorEnv)):
+        if isinstance(envs, gymnasium.vector.VectorEnv) or (self.valid is None and isinstance(envs, gymnasium.Env)):
             raise ValueError(message(f"{self}.validate", "envs", f"is a live {type(envs).__name__}, which training is using", "an id or a factory",
                                      "or give the learner an environment of its own to validate in: dls=(train, valid)"))
-        chain = None if stepper.agent is None else stepper.agent.for_validation(deterministic)
+        agent = self.agent if stepper.agent is None else stepper.agent
+        chain = None if agent is None else agent.for_validation(deterministic)
+        n = 1 if isinstance(envs, gymnasium.Env) else n
         pipe = EpisodeStepper(envs, chain, episodes, seed, n, env_kwargs=more.pop("env_kwargs", stepper.settings["env_kwargs"]), **more)
         bind(pipe, Context(device=self.context.device, dtype=self.context.dtype))
         return pipe
@@ -243,45 +315,48 @@ class LearnerHead(Pipe):
         return self.agent.predict(observation, deterministic)
 
     # Keeping
+    def restart(self) -> None:
+        self._done = self._pulled = 0  # batches of this epoch, and of those before
+
+    @property
+    def batches_seen(self) -> int:
+        "Batches that `fit` has pulled"
+        return self._pulled + self._done
+
+    def get_own(self) -> dict[str, Any]:
+        return {"done": self._done, "pulled": self._pulled}
+
+    def set_own(self, state: dict[str, Any]) -> None:
+        self._done, self._pulled = state["done"], state["pulled"]
+
     def save(
         self,
         folder: str | Path,  # made if it does not exist
+        keep: int | None = None,  # so many checkpoints stay in the folder, told apart by environment steps; None: those that are kept stay
     ) -> Path:  # the folder
-        "Write a checkpoint: everything but the environments to the bit; these begin new episodes when it is loaded"
-        if not self.started:
-            self.start()
-        state = {**self.get_state(), "recorder": self.recorder.get_state()}
-        info = {"learner": str(self), "env_steps": self.env_steps, "epoch": self.recorder.epoch, "environments": "boundary",
-                "graph": {n: [type(p).__name__, settings_in_words(p)] for n, p in named_pipes(self).items()}}
-        return save_checkpoint(folder, state, info)
+        "Write a checkpoint, from which a run continues to the bit. Warns where the environments cannot, and says why; see `envs.snapshots`"
+        return save_run(self, folder, keep)
 
     def load(
         self,
         folder: str | Path,  # from `save`, of a learner with the same stack
+        which: int | str | None = None,  # environment steps of an older checkpoint that was kept, or "best"; None: the latest
+        environments: bool = True,  # False: they begin new episodes
     ) -> LearnerHead:  # itself
-        "Continue from a checkpoint. Raises CheckpointError where it does not fit, before anything is changed"
-        state, manifest = load_checkpoint(folder)
-        here = {n: [type(p).__name__, settings_in_words(p)] for n, p in named_pipes(self).items()}
-        for name in {**here, **manifest.get("graph", {})}:
-            if here.get(name) != manifest.get("graph", {}).get(name):
-                raise CheckpointError(message(f"{self}.load", name, f"is {manifest['graph'].get(name)} in the checkpoint", f"{here.get(name)}",
-                                              "build the learner with the settings of the checkpoint"))
-        self._check_shapes(state)
-        recorder = state.pop("recorder")
-        self.reset(state)
-        self.recorder.set_state(recorder)
+        "Continue from a checkpoint. Raises CheckpointError where it is damaged or does not fit, and then nothing has changed"
+        load_run_into(self, folder, which, environments)
         return self
 
-    def _check_shapes(self, state):
-        for name, module in named_modules(self).items():
-            if isinstance(module, nn.Module):
-                there = state["modules"].get(name, {})
-                for key, value in module.state_dict().items():
-                    if key not in there or there[key].shape != value.shape or there[key].dtype != value.dtype:
-                        raise CheckpointError(message(f"{self}.load", f"{name}.{key}", f"is {shape_of(there.get(key))}", shape_of(value)))
-
     def close(self) -> None:
-        "Close the environments"
-        for pipe in traverse(self):
+        "Close the environments, those of the validation stack too"
+        for pipe in traverse(self) + (traverse(self.valid) if isinstance(self.valid, Pipe) else []):
             if isinstance(pipe, GymStepper):
                 pipe.close()
+
+
+def _check_device(who, device):
+    "Refuse what torch does not know, or this machine does not have"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(message(who, "device", f"is {str(device)!r}", "a device of this machine, such as 'cpu'", str(e).splitlines()[0])) from e

@@ -5,6 +5,7 @@
 # %% ../../nbs/learner/80_registry.ipynb #7c186a1b
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.resources
@@ -43,11 +44,24 @@ def register_algorithm(
     build: Callable[..., Any],  # settings -> learner; its signature is annotated and has `env`
     presets: dict[str, dict[str, Any]] | str | Path | None = None,  # name -> settings; or a YAML file
 ) -> Algorithm:
-    "Make an algorithm known; a name that is registered already is replaced. Raises TypeError for a builder that cannot be read"
+    "Make an algorithm known; a name that is registered already is replaced. Its `build` notes in a learner how it was built. Raises TypeError for a builder that cannot be read"
     if "env" not in settings_of(build):
         raise TypeError(message("register_algorithm", "build", f"is {build.__name__}{inspect.signature(build)}", "a function with a parameter `env`"))
-    _REGISTERED[name] = Algorithm(name, build, presets if isinstance(presets, dict) else load_presets(presets) if presets else {})
+    _REGISTERED[name] = Algorithm(name, _recording(name, build), presets if isinstance(presets, dict) else load_presets(presets) if presets else {})
     return _REGISTERED[name]
+
+
+def _recording(name, build):
+    "The builder, which notes in the learner with which settings: from there they get into checkpoints, and `load_run` builds it again"
+    @functools.wraps(build)
+    def recorded(*args, **kwargs):
+        bound = inspect.signature(build).bind(*args, **kwargs)
+        bound.apply_defaults()
+        learner = build(*args, **kwargs)
+        if hasattr(learner, "__dict__"):
+            learner.built_by = (name, dict(bound.arguments))
+        return learner
+    return recorded
 
 
 def load_presets(

@@ -86,16 +86,12 @@ STOP_SEED, VERDICT_SEED = 20_000, 10_000  # first reset seeds of the episodes th
 
 
 class _AfterEpoch:
-    "What happens between two epochs: a checkpoint now and then, and the question whether the goal is reached"
+    "What happens between two epochs: the question whether the goal is reached"
 
-    def __init__(self, learner, folder, stop_at, stop_episodes, save_every):
-        self.learner, self.folder, self.stop_at, self.stop_episodes, self.save_every = learner, folder, stop_at, stop_episodes, save_every
-        self.epochs = 0
+    def __init__(self, learner, stop_at, stop_episodes):
+        self.learner, self.stop_at, self.stop_episodes = learner, stop_at, stop_episodes
 
     def __call__(self, row):
-        self.epochs += 1
-        if self.save_every and self.epochs % self.save_every == 0:
-            self.learner.save(self.folder/"checkpoint")
         if self.stop_at is None:
             return False
         row["validation"] = self.play(self.stop_episodes, STOP_SEED)
@@ -113,22 +109,23 @@ def train_run(
     stop_at: float | None = None,  # stop once the mean return without exploration is this
     stop_episodes: int = 20,  # episodes after every epoch that decide about stop_at; not counted as environment steps
     verdict_episodes: int = 200,  # fixed starts of the verdict, reset seeds from 10000; 0: no verdict
-    save_every: int = 10,  # epochs from one checkpoint to the next; 0: only at the end
+    checkpoint_every: int = 10_000,  # environment steps from one checkpoint to the next; 0: only at the end
+    keep: int = 1,  # so many of the latest checkpoints stay
+    best_episodes: int = 0,  # episodes without exploration at each checkpoint: the best one stays, too; 0: none
     say: Callable[[str], None] = lambda text: print(text, flush=True),  # where the words go
 ) -> dict[str, Any] | None:  # what `verdict` found; None if interrupted, or without episodes
     "Train with a bar, a CSV file, checkpoints and a plot. An interrupt saves, too"
-    for field, number, low in (("stop_episodes", stop_episodes, 1), ("verdict_episodes", verdict_episodes, 0), ("save_every", save_every, 0)):
+    for field, number, low in (("stop_episodes", stop_episodes, 1), ("verdict_episodes", verdict_episodes, 0), ("checkpoint_every", checkpoint_every, 0)):
         check_number("train_run", field, number, low, whole=True)
     append = bool(rows := learner.recorder.rows)
     if append:
         write_rows(folder/"metrics.csv", rows)  # what was written after the checkpoint will be done again
     learner.folder = folder/"checkpoint"  # where an interrupt saves
     learner.loggers[:] = [ProgressBarLogger(), CSVLogger(folder/"metrics.csv", append=append)]
-    after_epoch, began = _AfterEpoch(learner, folder, stop_at, stop_episodes, save_every), time.perf_counter()
-    learner.fit(epochs=epochs, env_steps=env_steps, stop=after_epoch)
+    after_epoch, began = _AfterEpoch(learner, stop_at, stop_episodes), time.perf_counter()
+    learner.fit(epochs=epochs, env_steps=env_steps, stop=after_epoch, checkpoint_every=checkpoint_every or 2**62, folder=folder/"checkpoint", keep=keep,
+                best_episodes=best_episodes)
     seconds = time.perf_counter() - began
-    if not learner.interrupted:
-        learner.save(folder/"checkpoint")
     if learner.recorder.rows:
         plot_rewards(learner.recorder.rows, folder/"rewards.png", title=folder.path.name)
     if learner.interrupted or not verdict_episodes:

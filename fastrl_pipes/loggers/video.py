@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from importlib.util import find_spec
@@ -31,7 +32,7 @@ def _to_mp4(frames, fps):
         raise ValueError(message("Video", "fmt", "is 'mp4', for which PyAV is missing", "'gif', or PyAV", 'pip install "fastrl_pipes[video]"')) from e
     height, width = (n - n % 2 for n in frames[0].shape[:2])
     out = io.BytesIO()
-    with av.open(out, "w", format="mp4", options={"movflags": "faststart"}) as container:
+    with av.open(out, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "23", "threads": "1"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for frame in frames:
@@ -120,13 +121,11 @@ class Video:
 
     def show(self) -> None:
         "Play it in the notebook; elsewhere nothing happens"
-        try:
+        if "IPython" in sys.modules:
             from IPython import get_ipython
             from IPython.display import display
-        except ImportError:
-            return
-        if get_ipython() is not None:
-            display(self)
+            if get_ipython() is not None:
+                display(self)
 
 # %% ../../nbs/loggers/05_video.ipynb #4f1bcc5f
 class VideoCollector(Stage):
@@ -146,6 +145,7 @@ class VideoCollector(Stage):
             check_number(str(self), "frames", frames, 1, whole=True)
         check_choice(str(self), "fmt", fmt or best_format(), tuple(_ENCODERS))
         self.frames, self.fps, self.fmt, self.width = frames, fps, fmt, width
+        VideoCollector.restart(self)
 
     def restart(self) -> None:
         self.images: list[np.ndarray] = []  # each [H, W, C] uint8

@@ -5,8 +5,10 @@
 # %% ../../nbs/memory/01_experience_replay.ipynb #22af612f
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ import numpy as np
 import torch
 
 from ..core import SimpleStep, spawn_seed, to_numpy
-from ..errors import CheckpointError, check_choice, check_number, message
+from ..errors import CheckpointError, check_choice, check_number, message, shape_of
 from .rows import LEARNING_FIELDS, RowLayout, leaf_getters
-from ..pipes.core import Context, Fan, Stage
+from ..pipes.core import Context, Fan, Pipe, Stage, traverse
 
 # %% auto #0
 __all__ = ['ReplayMemory', 'pack', 'ReplayWriter', 'ReplaySampler', 'ExperienceReplay']
@@ -42,11 +44,20 @@ class ReplayMemory:
             raise ValueError(message("ReplayMemory", "path", f"is given with device {self.device}", "device 'cpu'", "a mapped file lives on the host"))
         self.layout: RowLayout | None = None
         self.rows: torch.Tensor | None = None  # [max_sz, words] packed
+        self.model_of: weakref.ref | None = None  # where `anew` made it: the memory it was made like
         self.clear()
+
+    def anew(self) -> ReplayMemory:
+        "An empty one with the same settings; a mapped file gets a name of its own beside the old one"
+        path = None if self.path is None else next(p for i in itertools.count(2) if not (p := self.path.with_stem(f"{self.path.stem}-{i}")).exists())
+        made = type(self)(self.max_sz, self.fields, self.float_dtype, self.device, path)
+        made.model_of = weakref.ref(self)
+        return made
 
     def clear(self) -> None:
         "Forget everything; the space stays"
         self.size = self.cursor = self.written = 0  # filled rows, next row to write, rows ever written
+        self.on_disk: tuple | None = None  # which rows are in files already; see `memory.segments`
 
     def __len__(self) -> int:
         return self.size
@@ -159,18 +170,38 @@ class ReplayMemory:
             return {"layout": None}
         return {"layout": self.layout.spec(), "rows": self.rows[:self.size], "cursor": self.cursor, "written": self.written, "max_sz": self.max_sz}
 
+    def check_state_dict(
+        self,
+        state: dict[str, Any],  # from `state_dict`
+        rows: bool = True,  # False: the rows themselves are elsewhere
+    ) -> None:
+        "Raises CheckpointError where a state is malformed, or of another memory; nothing is allocated or changed"
+        if not isinstance(state, dict) or "layout" not in state:
+            raise CheckpointError(message("ReplayMemory", "state", f"is {type(state).__name__}", "what `state_dict` gives"))
+        if state["layout"] is None:
+            return
+        layout = RowLayout.from_spec(state["layout"])
+        sizes = [state.get(k) for k in ("max_sz", "written", "cursor")]
+        if any(type(v) is not int for v in sizes) or sizes != [self.max_sz, sizes[1], sizes[1] % self.max_sz] or sizes[1] < 0:
+            raise CheckpointError(message("ReplayMemory", "max_sz", f"of the state is {sizes[0]}, with {sizes[1]} rows written and the next one at {sizes[2]}", str(self.max_sz)))
+        word, size = torch.int64 if layout.word == 8 else torch.int32, min(sizes[1], self.max_sz)
+        expected = (word, (size, layout.itemsize // layout.word))
+        if rows and (not isinstance(state.get("rows"), torch.Tensor) or (state["rows"].dtype, tuple(state["rows"].shape)) != expected):
+            raise CheckpointError(message("ReplayMemory", "rows", f"are {shape_of(state.get('rows'))}", f"{word} {list(expected[1])}"))
+        try:
+            self.check_fits(layout)
+        except ValueError as e:
+            raise CheckpointError(str(e)) from None
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        "Continue at a state. Raises CheckpointError where it does not fit"
+        "Continue at a state. Raises CheckpointError where it does not fit, and changes nothing then"
+        self.check_state_dict(state)
         self.clear()
         if state["layout"] is None:
             return
         layout, rows = RowLayout.from_spec(state["layout"]), state["rows"]
-        if state["max_sz"] != self.max_sz or len(rows) > self.max_sz or not 0 <= state["cursor"] < self.max_sz:
-            raise CheckpointError(message("ReplayMemory", "max_sz", f"of the state is {state['max_sz']} with {len(rows)} rows", str(self.max_sz)))
         if layout != self.layout:
             self.lay_out(layout)
-        if rows.shape[1:] != self.rows.shape[1:] or rows.dtype != self.rows.dtype:
-            raise CheckpointError(message("ReplayMemory", "rows", f"are {rows.dtype} {list(rows.shape)}", f"{self.rows.dtype} {list(self.rows.shape)}"))
         self.rows[:len(rows)].copy_(rows)
         self.size, self.cursor, self.written = len(rows), state["cursor"], state["written"]
 
@@ -210,6 +241,13 @@ class ReplayWriter(Stage):
         super().__init__(source, name)
         self.memory = memory
 
+    def rebuilt(self, *sources: Any, **changes: Any) -> ReplayWriter:
+        "It writes to an empty memory of its own, or to the one that a writer upstream, rebuilt before it, has made"
+        if "memory" not in changes:
+            made = _rebuilt_memory(sources, self.memory)
+            changes["memory"] = self.memory.anew() if made is None else made
+        return super().rebuilt(*sources, **changes)
+
     def restart(self) -> None:
         self.memory.clear()
 
@@ -229,6 +267,12 @@ class ReplayWriter(Stage):
             return (item,)
         return (self.forward(item),)  # which refuses windows
 
+
+def _rebuilt_memory(sources, memory):
+    "What the writers upstream write to in place of `memory`; None where none does"
+    made = (p.memory for s in sources if isinstance(s, Pipe) for p in traverse(s) if isinstance(p, ReplayWriter))
+    return next((m for m in made if m.model_of is not None and m.model_of() is memory), None)
+
 # %% ../../nbs/memory/01_experience_replay.ipynb #669036ae
 class ReplaySampler(Fan):
     "For every step that comes in, a batch of `bs` transitions drawn uniformly with replacement; nothing until the memory holds `warmup`"
@@ -246,6 +290,12 @@ class ReplaySampler(Fan):
         for field, value in (("bs", bs), ("warmup", warmup)):
             check_number(str(self), field, value, 0, memory.max_sz, whole=True, hint=f"the replay holds max_sz={memory.max_sz} transitions")
         self.memory, self.bs, self.least = memory, bs, max(bs, warmup)
+
+    def rebuilt(self, *sources: Any, **changes: Any) -> ReplaySampler:
+        "It draws from what the rebuilt writer upstream writes to; without one (offline learning) from the same memory"
+        if "memory" not in changes and (memory := _rebuilt_memory(sources, self.memory)) is not None:
+            changes["memory"] = memory
+        return super().rebuilt(*sources, **changes)
 
     def restart(self) -> None:
         self._generator = torch.Generator(self.memory.device)
@@ -313,10 +363,24 @@ class ExperienceReplay(ReplaySampler):
         name: str | None = None,  # see `Pipe`
     ):
         from fastrl_pipes.pipes.control import Repeat
-        memory = memory or ReplayMemory(max_sz)
+        memory = ReplayMemory(max_sz) if memory is None else memory
         pipe = ReplayWriter(source, memory)
         super().__init__(pipe if repeat == 1 else Repeat(pipe, repeat), memory, bs, warmup, name)
 
     def rebuilt(self, *sources: Any, **changes: Any) -> ExperienceReplay:
-        writer = sources[0] if isinstance(sources[0], ReplayWriter) else sources[0].source
-        return super().rebuilt(writer.source, **changes)
+        "With an empty memory of its own. Whatever stands between its writer and itself stays, unless that is what changes"
+        chain = list(_downwards(sources[0]))
+        writer = next((p for p in chain if isinstance(p, ReplayWriter) and self.memory in (p.memory, p.memory.model_of and p.memory.model_of())), None)
+        as_it_was = not {"memory", "max_sz", "repeat"} & set(changes)
+        if self.settings["memory"] is not None and "memory" not in changes:
+            changes["memory"] = self.settings["memory"].anew()
+        new = Fan.rebuilt(self, sources[0] if writer is None else writer.source, **changes)
+        if as_it_was and writer is not None and writer.memory is not self.memory:
+            new.source, new.memory = sources[0], writer.memory
+        return new
+
+
+def _downwards(pipe):
+    while pipe is not None:
+        yield pipe
+        pipe = getattr(pipe, "source", None)

@@ -5,6 +5,7 @@
 # %% ../../nbs/memory/00_rows.ipynb #1de46b20
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -106,8 +107,13 @@ class RowLayout:
     ) -> RowLayout:  # the same layout
         "Raises CheckpointError where a step type or an element type is unknown"
         kinds = {"float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool"}
-        if spec.get("step_type") not in STEP_TYPES or any(c[1] not in kinds for c in spec["columns"]):
-            raise CheckpointError(message("RowLayout", "spec", f"is {spec}", f"step types {list(STEP_TYPES)} and dtypes {sorted(kinds)}"))
+        try:
+            fits = spec["step_type"] in STEP_TYPES and spec["columns"] and all(
+                p.split(".")[0] in STEP_TYPES[spec["step_type"]].FIELDS and d in kinds and all(type(n) is int and n >= 0 for n in s) and math.prod(s) < 2**31 for p, d, s in spec["columns"])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            fits = False
+        if not fits:
+            raise CheckpointError(message("RowLayout", "spec", f"is {str(spec)[:200]}", f"step types {list(STEP_TYPES)} and dtypes {sorted(kinds)}"))
         return cls([(p, d, tuple(s)) for p, d, s in spec["columns"]], spec["step_type"])
 
     def __eq__(self, other: object) -> bool:

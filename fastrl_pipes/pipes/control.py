@@ -62,7 +62,13 @@ class Every(Fan):
         self.branch = as_pipe(build(self.inlet), str(self))
 
     def rebuilt(self, *sources: Any, **changes: Any) -> Pipe:
-        return super().rebuilt(*sources[:1], **changes)
+        "A branch that is given stays as it is, on the inlet at its foot; with another `build` it is made anew"
+        new = super().rebuilt(*sources[:1], **changes)
+        if len(sources) > 1 and "build" not in changes:
+            new.branch = new.inlet = sources[1]
+            while new.inlet.source is not None:
+                new.inlet = new.inlet.source
+        return new
 
     def restart(self) -> None:
         self.count = 0

@@ -54,11 +54,11 @@ class Context:
         self,
         who: str,  # the pipe that is about to pull again
     ) -> None:
-        "Between two pulls that gave nothing: raises Interrupted where the run was asked to stop"
-        if self.interrupted:
-            raise Interrupted(f"{who}: interrupted between two items")
+        "Between two pulls that gave nothing: raises Interrupted where the run was asked to stop, by `on_wait` perhaps"
         if self.on_wait is not None:
             self.on_wait()
+        if self.interrupted:
+            raise Interrupted(f"{who}: interrupted between two items")
 
 # %% ../../nbs/pipes/00_core.ipynb #b39e04a8
 @functools.lru_cache(maxsize=None)
@@ -85,6 +85,11 @@ class Pipe(BaseNode):
     SOURCES: tuple[str, ...] = ("source",)  # the attributes that hold what is pulled, first things first
     settings: dict[str, Any]  # constructor arguments, without sources
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        cls.__signature__ = inspect.Signature([p for p in parameters if p.name != "self"])  # not that of `__new__`
+
     def __new__(cls, *args, **kwargs):
         settings = _captured(cls, args, kwargs)
         self = super().__new__(cls)
@@ -97,7 +102,7 @@ class Pipe(BaseNode):
         name: str | None = None,  # under which records and checkpoints find it; default: the class
     ):
         super().__init__()
-        self.source = None if source is None else as_pipe(source, type(self).__name__)
+        self.source = as_pipe(source, type(self).__name__) if "source" in self.SOURCES else None
         self.name = name
         self.context: Context | None = None
         self.started = False
@@ -435,6 +440,8 @@ def bind(
     context = context or Context()
     pipes = traverse(pipe, through=True)
     for running in {id(p.context): p for p in pipes if p.started and p.context is not context}.values():
+        if context.recorder is not None and running.context.recorder not in (None, context.recorder):
+            raise ValueError(message(str(running), "context", "is that of another learner, which runs this stack", "a stack of its own", "build the stack again"))
         context.announce(str(running), **{k: v for k, v in vars(running.context).items() if v is not None})
     for p in pipes:
         p.announce(context)

@@ -157,6 +157,8 @@ def _branches(pipe):
 # %% ../../nbs/pipes/01_graph.ipynb #760b46f7
 def mermaid(
     pipe: Pipe,  # the head of a stack
+    notes: dict[str, str] | None = None,  # name of a pipe -> lines for its box
+    shares: dict[str, float] | None = None,  # name of a pipe -> in [0, 1], how dark its box is
 ) -> str:  # the text of a Mermaid flowchart, from top to bottom
     "The stack as a Mermaid diagram: pipes as boxes, arrows the way that items go, dotted where a chain is fed by hand"
     boxes: dict[int, str] = {}
@@ -164,8 +166,11 @@ def mermaid(
     for name, p in named_pipes(pipe).items():
         box = re.sub(r"\W", "_", name)
         boxes[id(p)] = box if box not in boxes.values() and box != "end" else f"{box}_{len(boxes)}"
-        settings = _escaped(settings_in_words(p))
-        lines.append(f'    {boxes[id(p)]}["<b>{_escaped(name)}</b>' + (f"<br/>{settings}" if settings else "") + '"]')
+        words = [settings_in_words(p), *(notes or {}).get(name, "").splitlines()]
+        lines.append(f'    {boxes[id(p)]}["<b>{_escaped(name)}</b>' + "".join(f"<br/>{_escaped(w)}" for w in words if w) + '"]')
+        if share := (shares or {}).get(name, 0.0):
+            red, green, blue = (round(255 - share**0.5 * (255 - c)) for c in (240, 140, 60))
+            lines.append(f"    style {boxes[id(p)]} fill:#{red:02x}{green:02x}{blue:02x},color:#000")
         for source in p.sources:
             arrow = "-->" if source is p.source else "-.->"
             lines.append(f"    {boxes[id(source)]} {arrow} {boxes[id(p)]}")

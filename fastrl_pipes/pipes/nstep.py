@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..core import MergedStep, SimpleStep, copied, map_leaves, take_rows
-from ..errors import check_number, message
+from ..errors import CheckpointError, check_number, message, shape_of
 from ..functional.returns import nstep_return
 from .core import Fan, Stage, traverse
 
@@ -93,7 +93,12 @@ class NStepper(Fan):
 
     def set_own(self, state: dict[str, Any]) -> None:
         super().set_own(state)
-        self._items, self._held = deque(state["items"], maxlen=self.n), state["held"]
+        items, held, rows = state["items"], state["held"], self.context.rows
+        if not all(isinstance(step, SimpleStep) for step in items) or len(items) > self.n:
+            raise CheckpointError(message(str(self), "items", f"are {shape_of(items)[:200]}", f"up to {self.n} steps"))
+        if held is not None and (held.dtype != np.int64 or held.shape != (len(held) if rows is None else rows,) or any(len(step) != len(held) for step in items)):
+            raise CheckpointError(message(str(self), "held", f"is {shape_of(held)}", f"int64 [{rows}], a number for every environment"))
+        self._items, self._held = deque(items, maxlen=self.n), held
 
     def probe(self, item: Any) -> tuple:
         return ((item,) * self.n,) if isinstance(item, SimpleStep) else (item,)

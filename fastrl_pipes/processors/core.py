@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core import SimpleStep, evaluating, mode_matters
+from ..core import SimpleStep, evaluating, leaves, mode_matters
 from ..errors import check_shape, message, shape_of
+from ..networks.contracts import buffers_kept, check_gradient
 from ..pipes.core import Context, Fan
 
 # %% auto #0
@@ -53,10 +54,22 @@ class LossProcessor(Fan):
     def probe(self, item: Any) -> tuple:
         if not isinstance(item, SimpleStep):
             return (item,)
-        with evaluating(*self.modules().values()), torch.no_grad(), _at(self):
-            loss = self.loss(item)
-        check_shape(str(self), "loss", loss, (), "take the mean over the batch")
-        return {"loss": loss, "model": self.stepped}, item
+        for path, x in leaves(item):
+            if not isinstance(x, torch.Tensor):
+                raise ValueError(message(str(self), path, f"is {shape_of(x)} of numpy", "a tensor", "a replay turns steps into batches"))
+        with buffers_kept(*self.modules().values()), torch.enable_grad():
+            self.check_networks(item)
+            with _at(self):
+                loss = self.loss(item)
+            check_shape(str(self), "loss", loss, (), "take the mean over the batch")
+            check_gradient(str(self), self.NETWORKS[0], self.stepped, loss)
+        return {"loss": loss.detach(), "model": self.stepped}, item
+
+    def check_networks(
+        self,
+        batch: SimpleStep,  # synthetic, tensors [B, ...]
+    ) -> None:
+        "Hold the networks against their contracts, in a probe: what a subclass calls with `check_model`"
 
 
 @contextlib.contextmanager

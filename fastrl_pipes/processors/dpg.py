@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from gymnasium import spaces
 from torch import nn
 
 from ..core import SimpleStep
@@ -16,6 +17,7 @@ from ..errors import check_number, message
 from ..functional.policy_gradient import dpg_loss
 from ..functional.td import td_target
 from ..networks.calls import call_model
+from ..networks.contracts import buffers_kept, check_model
 from ..pipes.graph import find_pipes
 from ..pipes.nstep import FirstLastMerger
 from .core import LossProcessor, check_network, check_value
@@ -74,6 +76,22 @@ class CriticLossProcessor(LossProcessor):
     def _discount(self):
         return self.discount**self.nsteps
 
+    def check_networks(self, batch: SimpleStep) -> None:
+        rows = len(batch.reward)
+        check_model(str(self), "t_actor", self.t_actor, batch.next_state, shape=(rows, batch.action.shape[1]))
+        for field, state in (("critic", batch.state), ("t_critic", batch.next_state)):
+            check_model(str(self), field, getattr(self, field), state, batch.action, shape=(rows, 1))
+
+    def probe(self, item: Any) -> tuple:
+        out = super().probe(item)
+        if isinstance(item, SimpleStep) and item.truncated is not None:
+            with buffers_kept(*self.modules().values()), torch.no_grad():
+                cut = self.loss(item.replace(truncated=~item.truncated))
+            if not torch.equal(cut, out[0]["loss"]):
+                raise ValueError(message(str(self), "loss", "changes with 'truncated'", "a target that only 'terminated' stops",
+                                         "an episode that was cut has a future"))
+        return out
+
 # %% ../../nbs/processors/02_dpg.ipynb #a35b02bb
 class ActorLossProcessor(LossProcessor):
     "Batch in, the deterministic policy gradient's loss out, then the batch"
@@ -93,6 +111,9 @@ class ActorLossProcessor(LossProcessor):
         if clip_critic_grad is not None:
             check_number(str(self), "clip_critic_grad", clip_critic_grad, 0)
         self.critic, self.actor, self.clip_critic_grad = critic, actor, clip_critic_grad
+        for processor in find_pipes(self.source, CriticLossProcessor):
+            if processor.t_actor is actor:
+                raise ValueError(message(str(processor), "t_actor", f"is the actor that {self} learns", "its target", "make one with target_of(actor)"))
 
     def loss(self, batch: SimpleStep) -> torch.Tensor:
         action = call_model(self.actor, batch.state)
@@ -102,3 +123,9 @@ class ActorLossProcessor(LossProcessor):
         q = call_model(self.critic, batch.state, action)
         check_value(str(self), "critic", q, len(action))
         return dpg_loss(q)
+
+    def check_networks(self, batch: SimpleStep) -> None:
+        rows = len(batch.action)
+        box = self.context is not None and isinstance(self.context.action_space, spaces.Box)
+        action = check_model(str(self), "actor", self.actor, batch.state, shape=(rows, batch.action.shape[1]), unit=box)
+        check_model(str(self), "critic", self.critic, batch.state, action, shape=(rows, 1))

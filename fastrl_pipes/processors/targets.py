@@ -44,6 +44,13 @@ class SoftTargetUpdater(Stage):
         for (field, t), (_, p) in zip(_tensors(self.target_model), _tensors(model), strict=True):
             check_same_shape(str(self), **{"model": p, field: t})
 
+    def rebuilt(self, *sources: Any, **changes: Any) -> SoftTargetUpdater:
+        "It moves the same target, also where it made that itself; another network has another target"
+        new = super().rebuilt(*sources, **changes)
+        if self.settings["target_model"] is None and not {"model", "target_model"} & set(changes):
+            new.target_model = self.target_model
+        return new
+
     def restart(self) -> None:
         self.count = 0  # batches
 
