@@ -21,7 +21,7 @@ from torch import nn
 from ..core import SimpleStep, denormals_flushed
 from ..envs.episodes import EpisodeStepper, episode_returns
 from ..envs.stepper import GymStepper
-from ..errors import CheckpointError, Interrupted, check_number, message, shape_of
+from ..errors import Interrupted, check_number, message
 from .check import check_stack
 from .keeper import Keeper
 from .resume import load_run_into, save_run
@@ -30,8 +30,8 @@ from .profile import Profile, profile
 from ..loggers.recorder import Logger, Recorder
 from ..memory.experience_replay import ReplaySampler
 from ..networks.calls import model_device, model_dtype
-from ..pipes.core import Context, Pipe, bind, named_modules, named_pipes, traverse
-from ..pipes.graph import Flow, describe, find_pipes, mermaid, pipe_to_device, settings_in_words
+from ..pipes.core import Context, Pipe, bind, named_modules, traverse
+from ..pipes.graph import Flow, describe, find_pipes, mermaid, pipe_to_device
 from ..pipes.guards import guard
 
 # %% auto #0
