@@ -10,13 +10,14 @@ a few minutes a seed. `--stack 1` shows the learner a single frame.
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from learning_ddpg import append
 
 from fastrl_pipes.agents.ddpg import Actor, Critic, DDPGAgent, DDPGLearner, GymStepper, ddpg_conv2d_block
 from fastrl_pipes.core import seed_everything
@@ -49,16 +50,6 @@ def good_push():
         env.reset(seed=FIRST + i)
         returns.append(sum(env.step(env.best_action())[1] for _ in range(env.length)))
     return np.array(returns)
-
-
-def append(path, rows):
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as f:
-        writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def run(seed, stack, env_steps, out):

@@ -97,12 +97,8 @@ def by_hand(t_actor=None, critic_stepped=None, critic_opt=True, collector=lambda
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def nothing_stepped_yet():
     TRAINING.clear()
-    yield
-    torch.set_num_threads(before)
 
 
 # --- eight mistakes in models ----------------------------------------------------------------------------------------

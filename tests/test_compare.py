@@ -38,14 +38,6 @@ from fastrl_pipes.processors.dpg import ActorLossProcessor, CriticLossProcessor
 from fastrl_pipes.processors.targets import SoftTargetUpdater
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class RewardClip(Stage):
     "Rewards in [-1, 1]"
 

@@ -83,14 +83,6 @@ lets_pass = pytest.mark.parametrize("cls, e", [p for p in ENTRIES if p.values[1]
 fans = pytest.mark.parametrize("cls, e", [p for p in ENTRIES if p.values[1].feed is not None and issubclass(p.values[0], Fan)])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- building and pulling --------------------------------------------------------------------------------------------
 class Rig:
     "A pipe over a source, bound and not started"

@@ -27,14 +27,6 @@ TOLERANCE = {torch.float64: EXACT, torch.float32: ROUGH}
 BOTH = pytest.mark.parametrize("dtype", UPDATES, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- the two sides ---------------------------------------------------------------------------------------------------
 def tape_of(dtype, merged=False, length=None):
     "Batches from a seeded generator, with terminated and truncated rows; merged ones carry the discount of 1 to 3 steps"

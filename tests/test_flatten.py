@@ -37,14 +37,6 @@ ALLOWED = ("fastrl_pipes.networks.", "fastrl_pipes.envs.debug", "fastrl_pipes.en
 SMALL = dict(hidden1=24, hidden2=16, bs=32, warmup=50, max_sz=400, noise_steps=150)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- learners --------------------------------------------------------------------------------------------------------
 def nets(seed=3, sizes=(3, 1), dtype=torch.float32, **more):
     torch.manual_seed(seed)

@@ -20,14 +20,6 @@ from fastrl_pipes.pipes.graph import find_pipe
 from fastrl_pipes.pipes.guards import NotFinite, guard
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Sick(Goal):
     "Goal, whose 60th step returns a NaN or an infinity"
     FIELD, VALUE = "observation", np.nan

@@ -41,14 +41,6 @@ ENVS = ["Pendulum-v1", "fastrl/Goal-v0", "fastrl/TwoStep-v0"]
 SMALL = dict(hidden1=7, hidden2=5, bs=8, max_sz=60, warmup=10, batches=10, noise_steps=40, tau=0.05)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def small(env: str = "fastrl/Goal-v0", n: int = 1, **settings):
     "A DDPG learner with tiny networks"
     return ddpg(env, n=n, mode="single" if n == 1 else "sync", **{**SMALL, **settings})

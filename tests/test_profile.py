@@ -21,14 +21,6 @@ from fastrl_pipes.pipes.control import Every, Repeat
 from fastrl_pipes.pipes.core import Stage, named_pipes
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Sleeper(Stage):
     "Takes its time"
 

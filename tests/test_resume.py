@@ -41,14 +41,6 @@ HAS_ALE = "ale_py" in sys.modules or __import__("importlib.util").util.find_spec
 HAS_MUJOCO = __import__("importlib.util").util.find_spec("mujoco") is not None
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- stacks ----------------------------------------------------------------------------------------------------------
 class Disturbed(Stage):
     "Draws from the generators that belong to nobody"

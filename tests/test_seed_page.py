@@ -45,14 +45,6 @@ OTHERS = ["SimpleStep", "GymStepper", "NStepper", "NStepFlattener", "NSkipper", 
           "NumpyConverter", "EpisodeCollector", "RollingTerminatedRewardCollector", "EpocherCollector", "BatchCollector"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- names and parameters --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", [*TABLE, *OTHERS])
 def test_a_star_import_brings_the_name(name):

@@ -31,14 +31,6 @@ from fastrl_pipes.processors.dpg import ActorLossProcessor
 LEARNING = ("critic_opt", "actor_opt", "critic_target", "actor_target")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def learner(batches=100, seed=0, **settings):
     torch.manual_seed(seed)
     norm = settings.pop("batch_norm", False)

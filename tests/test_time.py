@@ -35,14 +35,6 @@ from fastrl_pipes.processors.dpg import ActorLossProcessor, CriticLossProcessor
 LENGTHS = (5, 3, 8, 1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- what the tests are made of --------------------------------------------------------------------------------------
 class Constant(nn.Module):
     "A policy that always says the same"
