@@ -19,6 +19,7 @@ from contract_table import difference
 from safetensors.torch import load_file, save_file
 
 from fastrl_pipes.agents.ddpg import ddpg
+from fastrl_pipes.envs.backends import make_backend
 from fastrl_pipes.errors import CheckpointError
 from fastrl_pipes.learner.checkpoint import load_checkpoint, read_manifest, to_plain
 from fastrl_pipes.learner.resume import load_run, run_state
@@ -395,3 +396,13 @@ def small_started():
     learner = small()
     learner.start()
     return learner
+
+
+def test_a_snapshot_of_a_vector_environment_without_its_environments_is_refused():
+    backend = make_backend("CartPole-v1", n=3, mode="native", seed=0)
+    backend.observe()
+    state = backend.snapshot()
+    backend.restore(state)
+    for damage in ({"envs": []}, {"envs": None}, {"fake": None}):
+        with pytest.raises(CheckpointError, match="VectorBackend"):
+            backend.restore({**state, **damage})

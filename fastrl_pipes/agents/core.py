@@ -21,7 +21,7 @@ from ..networks.calls import call_model, model_device, model_dtype
 from ..networks.contracts import buffers_kept, check_model
 from ..pipes.control import Inlet
 from ..pipes.core import Context, Pipe, Stage, traverse
-from ..pipes.graph import find_pipe, find_pipes, pipe_to_device
+from ..pipes.graph import find_pipe, find_pipes
 
 # %% auto #0
 __all__ = ['SimpleModelRunner', 'ActionClip', 'ActionUnbatcher', 'StepFieldSelector', 'NumpyConverter', 'ActionScaler',

@@ -16,7 +16,7 @@ from .rows import (ANEW, OBSERVED, STEPPED, EnvBackend, Refused, RowBuffer, chec
                                     render_frame, rows_state, same_arrays)
 from .snapshots import put_env, take_env
 from .spaces import check_action_space, check_observation_space
-from ..errors import WorkerError, check_choice, message, shape_of
+from ..errors import CheckpointError, WorkerError, check_choice, message, shape_of
 
 # %% auto #0
 __all__ = ['autoreset_mode', 'VectorBackend', 'row_of']

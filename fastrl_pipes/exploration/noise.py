@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core import SimpleStep, spawn_seed, to_numpy
+from ..core import SimpleStep, spawn_seed
 from ..errors import CheckpointError, check_number, check_shape, message, shape_of
-from ..pipes.core import Context, Stage
+from ..pipes.core import Stage
 
 # %% auto #0
 __all__ = ['linear_epsilon', 'Exploration', 'OrnsteinUhlenbeck', 'GaussianNoise']

@@ -9,7 +9,6 @@ import contextlib
 import copy
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +54,7 @@ def _probed(pipe, item):
 # %% ../../nbs/learner/05_check.ipynb #2b667ceb
 def _walk(head):
     "Every pipe with what came and what went, the first mistake raised at its pipe"
-    pipes, flows, rows = named_pipes(head), {}, {}
+    pipes, flows = named_pipes(head), {}
     owners = {id(p.inlet): p for p in pipes.values() if hasattr(p, "branch")}
     askers = {id(p.agent.inlet): p for p in pipes.values() if isinstance(p, GymStepper) and p.agent is not None}
     for name, p in pipes.items():

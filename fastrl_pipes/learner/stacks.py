@@ -10,7 +10,7 @@ from typing import Any
 from gymnasium import spaces
 
 from ..envs.stepper import GymStepper
-from ..errors import check_number, message, shape_of
+from ..errors import check_number, message
 from ..loggers.collectors import EpisodeCollector, RollingTerminatedRewardCollector
 from ..pipes.core import Pipe, as_pipe, traverse
 from ..pipes.graph import find_pipes

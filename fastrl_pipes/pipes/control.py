@@ -10,7 +10,7 @@ from typing import Any
 
 from ..core import SimpleStep
 from ..errors import Dry, Interrupted, check_number
-from .core import Fan, Pipe, Stage, as_pipe
+from .core import Fan, Pipe, as_pipe
 
 # %% auto #0
 __all__ = ['Inlet', 'Every', 'Repeat', 'Take']
