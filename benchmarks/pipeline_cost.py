@@ -11,14 +11,14 @@ collectors, and the hops between them. The row `kernels` puts losses and their g
 from __future__ import annotations
 
 import argparse
-import csv
-import statistics
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+
+from report import report
 
 from fastrl_pipes.agents.ddpg import DDPGAgent, DDPGLearner
 from fastrl_pipes.core import SimpleStep
@@ -151,15 +151,7 @@ def main():
         for name, pull in pulls.items():
             rows[name].append(timed(pull, args.pulls))
         rows["hop"].append((timed(long.next, args.pulls) - timed(short.next, args.pulls)) / 100)
-    print(f"microseconds, median of {args.rounds} rounds (lowest to highest), one thread")
-    for name, values in rows.items():
-        print(f"  {name:24s} {statistics.median(values):8.2f}   ({min(values):.2f} to {max(values):.2f})")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="") as f:
-            writer = csv.writer(f, lineterminator="\n")
-            writer.writerow(["row", "median_us", "low_us", "high_us"])
-            writer.writerows([name, round(statistics.median(v), 3), round(min(v), 3), round(max(v), 3)] for name, v in rows.items())
+    report(f"microseconds, median of {args.rounds} rounds (lowest to highest), one thread", rows, args.out, "_us")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ weight. Printed are steps per CPU second, medians over the rounds, and ratios of
 from __future__ import annotations
 
 import argparse
-import csv
-import statistics
 import time
 from pathlib import Path
 
@@ -21,6 +19,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from report import report
 
 from fastrl_pipes.agents.ddpg import Actor, Critic, DDPGAgent, DDPGLearner, GymStepper
 from fastrl_pipes.networks.targets import target_of
@@ -165,16 +165,7 @@ def main():
         for name, pull in pulls.items():
             rates[name].append(rate(name, pull, args.steps))
     ratios = [(f"ours / {other}", [a / b for a, b in zip(rates["ours"], rates[other])]) for other in list(pulls)[1:]]
-    print(f"steps per CPU second, median of {args.rounds} interleaved rounds (lowest to highest), one thread")
-    lines = [(name, v) for name, v in rates.items()] + ratios
-    for name, v in lines:
-        print(f"  {name:22s} {statistics.median(v):8.3f}   ({min(v):.3f} to {max(v):.3f})")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="") as f:
-            writer = csv.writer(f, lineterminator="\n")
-            writer.writerow(["row", "median", "low", "high"])
-            writer.writerows([name, round(statistics.median(v), 3), round(min(v), 3), round(max(v), 3)] for name, v in lines)
+    report(f"steps per CPU second, median of {args.rounds} interleaved rounds (lowest to highest), one thread", rates | dict(ratios), args.out)
 
 
 if __name__ == "__main__":

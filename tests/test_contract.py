@@ -1,4 +1,4 @@
-"""The contracts of DESIGN.md, section 2, over every pipe of the package. A pipe that is not in `contract_table` fails."""
+"""The law of pipes, contract by contract, over every pipe of the package. A pipe that is not in `contract_table` fails."""
 from __future__ import annotations
 
 import copy
