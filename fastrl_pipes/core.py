@@ -22,8 +22,8 @@ from .errors import check_number, message, suggest
 
 # %% auto #0
 __all__ = ['STEP_TYPES', 'map_leaves', 'leaves', 'copy_leaf', 'copied', 'take_rows', 'to_tensor', 'to_numpy', 'step_type',
-           'SimpleStep', 'MergedStep', 'default_device', 'mode_matters', 'evaluating', 'seed_everything', 'spawn_seed',
-           'denormals_flushed']
+           'SimpleStep', 'MergedStep', 'SampledStep', 'default_device', 'mode_matters', 'evaluating', 'seed_everything',
+           'spawn_seed', 'denormals_flushed']
 
 # %% ../nbs/01_core.ipynb #3516c009
 _LEAVES = (np.ndarray, torch.Tensor)
@@ -205,6 +205,23 @@ class SimpleStep:
 class MergedStep(SimpleStep):
     "k steps in one: first state and action, discounted sum of rewards, last successor and flags"
     discount: Any = None  # [B, 1] float; discount^k for the k steps merged in this row
+
+
+@step_type
+@dataclass(slots=True, eq=False)
+class SampledStep(MergedStep):
+    "A batch of transitions from a replay, and what is computed about it on its way"
+    log_prob: Any = None  # [B, 1] float; log pi(a|s) of an action that the present policy drew
+    value: Any = None  # [B, 1] float; what the critics say of that action
+    index: Any = None  # [B] int64; places in a prioritised replay
+    weight: Any = None  # [B, 1] float in (0, 1]; importance weights of the samples in a loss
+
+    @classmethod
+    def of(cls, step: SimpleStep, **computed: Any) -> SampledStep:
+        "A step with computed fields, which a plain step has no place for"
+        if isinstance(step, cls):
+            return step.replace(**computed)
+        return cls(**{n: getattr(step, n) for n in step.names()}).replace(**computed)
 
 # %% ../nbs/01_core.ipynb #110be55e
 def default_device() -> torch.device:

@@ -17,7 +17,7 @@ from gymnasium import spaces
 from torch import nn
 
 from fastrl_pipes.agents.core import ActionClip, ActionScaler, ActionUnbatcher, AgentHead, NumpyConverter, SimpleModelRunner, StepFieldSelector
-from fastrl_pipes.core import MergedStep, SimpleStep, copied, leaves, take_rows, to_tensor
+from fastrl_pipes.core import MergedStep, SampledStep, SimpleStep, copied, leaves, take_rows, to_tensor
 from fastrl_pipes.envs.debug import Goal
 from fastrl_pipes.envs.doubles import CountingVector
 from fastrl_pipes.envs.episodes import EpisodeStepper
@@ -29,7 +29,10 @@ from fastrl_pipes.learner.head import LearnerHead
 from fastrl_pipes.learner.optimizers import BasicOptStepper
 from fastrl_pipes.loggers.collectors import BatchCollector, EpisodeCollector, EpocherCollector, LossCollector, RollingTerminatedRewardCollector
 from fastrl_pipes.loggers.video import VideoCollector
+from fastrl_pipes.memory.episodes import EpisodeWriter
 from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayMemory, ReplaySampler, ReplayWriter
+from fastrl_pipes.memory.hindsight import HindsightReplay
+from fastrl_pipes.memory.prioritized import PrioritizedReplay, PrioritizedSampler
 from fastrl_pipes.networks.targets import target_of
 from fastrl_pipes.pipes.batch import StepBatcher
 from fastrl_pipes.pipes.control import Every, Inlet, Repeat, Take
@@ -138,6 +141,20 @@ def env_steps(n: int = 14, rows: int = ROWS, lengths=(4, 3), bare: bool = False)
         t, total, episode = np.where(over, 0, t), np.where(over, 0.0, total), episode + over
         state = np.where(over[:, None], rng.standard_normal((rows, S)), after).astype(np.float32)
     return steps
+
+
+def near(achieved: np.ndarray, desired: np.ndarray, info: dict) -> np.ndarray:
+    "The reward of a goal environment: 0 where the goal is within 1.5, else -1"
+    return np.where(np.linalg.norm(achieved - desired, axis=-1) > 1.5, -1.0, 0.0)
+
+
+def goal_steps(n: int = 14, **settings: Any) -> list[SimpleStep]:
+    "The same in a goal environment"
+    steps, goal = env_steps(n, **settings), np.full((1, 2), 0.5, np.float32)
+
+    def seen(state):
+        return {"observation": state, "achieved_goal": state[:, :2].copy(), "desired_goal": np.repeat(goal, len(state), 0)}
+    return [s.replace(state=seen(s.state), next_state=(after := seen(s.next_state)), reward=near(after["achieved_goal"], goal, {})[:, None].astype(np.float32)) for s in steps]
 
 
 def to_act_on(n: int = 10, **settings: Any) -> list[SimpleStep]:
@@ -261,6 +278,15 @@ class Through(Stage):
     def forward(self, item: Any) -> Any:
         self.inlet.item = item
         return self.chain.next()
+
+
+class Reporting(Stage):
+    "In the place of a critic: says of each row of a batch that its error is the size of its reward"
+
+    def forward(self, item: Any) -> Any:
+        if isinstance(item, SampledStep):
+            self.context.priorities(item.index, item.reward[:, 0].abs())
+        return item
 
 
 def through(make: Callable[[Pipe], Pipe]) -> Callable:
@@ -387,6 +413,17 @@ TABLE: dict[type, dict[str, Entry]] = {
     ExperienceReplay: {"": entry(lambda s: ExperienceReplay(s, BS, 12, warmup=7)),
                        "repeated": entry(lambda s: ExperienceReplay(s, BS, 12, repeat=2), pulls=lambda k: 1 + -(-k // 2)),
                        "double": entry(lambda s: ExperienceReplay(s, BS, 12), context={"dtype": torch.float64})},
+    PrioritizedSampler: {"offline": entry(lambda s: Reporting(PrioritizedSampler(s, _filled(), BS, beta_steps=9)))},
+    PrioritizedReplay: {"": entry(lambda s: PrioritizedReplay(s, BS, 12, warmup=7)),
+                        "learns": entry(lambda s: Reporting(PrioritizedReplay(s, BS, 12, beta_steps=20))),
+                        "repeated": entry(lambda s: Reporting(PrioritizedReplay(s, BS, 12, repeat=2)), pulls=lambda k: 1 + -(-k // 2)),
+                        "double": entry(lambda s: Reporting(PrioritizedReplay(s, BS, 12)), context={"dtype": torch.float64})},
+    EpisodeWriter: {"": entry(lambda s: EpisodeWriter(s, ReplayMemory(11)), goal_steps), "small": entry(lambda s: EpisodeWriter(s, ReplayMemory(3)))},
+    HindsightReplay: {"": entry(lambda s: HindsightReplay(s, BS, 11, warmup=7, compute_reward=near), goal_steps),
+                      "repeated": entry(lambda s: HindsightReplay(s, BS, 12, strategy="episode", compute_reward=near, repeat=2), goal_steps, pulls=lambda k: 1 + -(-k // 2)),
+                      "double": entry(lambda s: HindsightReplay(s, BS, 12, strategy="final", compute_reward=near, compute_terminated=lambda a, d, info: near(a, d, info) > 9),
+                                      goal_steps, context={"dtype": torch.float64}),
+                      "without": entry(lambda s: HindsightReplay(s, BS, 12, k=0), goal_steps)},
     OrnsteinUhlenbeck: {"steps": entry(lambda s: OrnsteinUhlenbeck(s, A, max_steps=15), acted),
                         "arrays": entry(lambda s: OrnsteinUhlenbeck(s, mu=0.3), actions),
                         "tensors": entry(OrnsteinUhlenbeck, lambda: as_torch(acted())),

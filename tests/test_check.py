@@ -160,7 +160,7 @@ class ArmActor(OfArm):
 
 
 MODELS = {
-    "the critic returns [B]": (lambda: critic_that(lambda net, s, a: net(s, a)[:, 0]), ["CriticLossProcessor", "'critic' has shape [4], expected [4, 1]", "came SimpleStep("]),
+    "the critic returns [B]": (lambda: critic_that(lambda net, s, a: net(s, a)[:, 0]), ["CriticLossProcessor", "'critic' has shape [4], expected [4, 1]", "came SampledStep("]),
     "the actor has no squash": (lambda: actor_that(lambda net, s: net.layers[:-1](s)), ["ActorLossProcessor", "'actor'", "[-1, 1]", "nn.Tanh"]),
     "the actor returns a list": (lambda: actor_that(lambda net, s: [net(s), s]), ["SimpleModelRunner", "'action'", "list of 2", "tuple"]),
     "the critic computes in float64": (lambda: critic_that(lambda net, s, a: net(s, a).double()), ["CriticLossProcessor", "'critic'", "float64", "float32"]),

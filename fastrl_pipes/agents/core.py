@@ -17,15 +17,16 @@ from ..core import SimpleStep, evaluating, leaves, map_leaves, mode_matters, to_
 from ..envs.spaces import action_map, action_size
 from ..errors import check_shape, message, shape_of
 from ..exploration.noise import Exploration
-from ..networks.calls import call_model, model_device, model_dtype
-from ..networks.contracts import buffers_kept, check_model
+from ..networks.calls import call_model, call_policy, model_device, model_dtype
+from ..networks.contracts import buffers_kept, check_model, check_policy
 from ..pipes.control import Inlet
 from ..pipes.core import Context, Pipe, Stage, traverse
+from ..pipes.draws import Draws
 from ..pipes.graph import find_pipe, find_pipes
 
 # %% auto #0
-__all__ = ['SimpleModelRunner', 'ActionClip', 'ActionUnbatcher', 'StepFieldSelector', 'NumpyConverter', 'ActionScaler',
-           'AgentHead']
+__all__ = ['SimpleModelRunner', 'PolicyRunner', 'ActionClip', 'ActionUnbatcher', 'StepFieldSelector', 'NumpyConverter',
+           'ActionScaler', 'AgentHead']
 
 # %% ../../nbs/agents/00_core.ipynb #9e53bfbc
 class SimpleModelRunner(Stage):
@@ -99,6 +100,51 @@ def _flat(nest):
 def _has_arrays(item):
     "Is it an array, or a nest that holds one?"
     return next(leaves(item), None) is not None
+
+# %% ../../nbs/agents/00_core.ipynb #410844e6
+class PolicyRunner(Draws, SimpleModelRunner):
+    "`state` in, `action` drawn from a stochastic policy out; or its mode"
+
+    def __init__(
+        self,
+        source: Any,  # steps with `state` [B, ...], or bare arrays of states
+        model: nn.Module,  # (state, action=None, noise=None) -> action, log_prob, entropy, mode; see `networks.policies`
+        deterministic: bool = False,  # the mode instead of a sample
+        name: str | None = None,  # see `Pipe`
+    ):
+        super().__init__(source, model, name)
+        self.deterministic = deterministic
+
+    def on_bind(self, context: Context) -> None:
+        super().on_bind(context)
+        space = context.action_space
+        self._width = action_size(space) if space is not None else getattr(self.model, "action_sz", None)
+
+    def _call(self, x):
+        if self._switch and self.model.training:
+            with evaluating(self.model):
+                return self._drawn(x)
+        return self._drawn(x)
+
+    def _drawn(self, x):
+        if self.deterministic:
+            out = call_policy(self.model, x)
+            return out[3] if len(out) > 3 else out[0]
+        rows = len(next(_flat(x)))
+        noise = None if self._width is None else self.normal(torch.empty(rows, self._width, dtype=self._dtype, device=self._device))
+        return call_policy(self.model, x, noise=noise)[0]
+
+    def validating(self, deterministic: bool, source: Any) -> PolicyRunner:
+        "The mode where nothing is to be explored; otherwise samples, from a generator of its own"
+        return self.rebuilt(source, deterministic=deterministic or self.deterministic)
+
+    def probe(self, item: Any) -> tuple:
+        with self.undrawn():
+            if isinstance(item, SimpleStep):
+                state = to_tensor(item.state, self._device, self._dtype)
+                check_policy(str(self), type(self.model).__name__, self.model, state, self._width)
+            with buffers_kept(self.model):
+                return (self.forward(item),)
 
 # %% ../../nbs/agents/00_core.ipynb #55fc0379
 _ARRAYS = (np.ndarray, torch.Tensor)
@@ -271,12 +317,10 @@ class AgentHead(Pipe):
         new: dict[int, Pipe] = {}
         for pipe in traverse(self):
             sources = [new[id(s)] for s in pipe.sources]
-            if isinstance(pipe, Exploration) and deterministic and not pipe.explore_on_val:
-                new[id(pipe)] = sources[0]
-                continue
-            new[id(pipe)] = pipe.rebuilt(*sources)
-            if isinstance(pipe, Exploration):
-                new[id(pipe)].leader = pipe
+            if hasattr(pipe, "validating"):
+                new[id(pipe)] = pipe.validating(deterministic, *sources)
+            else:
+                new[id(pipe)] = pipe.rebuilt(*sources)
         return new[id(self)]
 
     def probe(self, item: Any) -> tuple:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,19 +14,19 @@ from torch import nn
 
 from .core import ActionClip, ActionScaler, ActionUnbatcher, AgentHead, NumpyConverter, SimpleModelRunner, StepFieldSelector
 from ..core import SimpleStep, evaluating, seed_everything
-from ..envs.spaces import action_size
 from ..envs.stepper import GymStepper
 
 from ..exploration.comparison import ExplorationComparisonLogger
 from ..exploration.noise import OrnsteinUhlenbeck
-from ..learner.datablock import DataBlock, GymTransformBlock, JupyterTransformBlock, VSCodeTransformBlock, epoch_length
+from ..learner.datablock import DataBlock, GymTransformBlock, JupyterTransformBlock, VSCodeTransformBlock
+from ..learner.compose import acting_side, finished_learner, sizes_of
 from ..learner.head import LearnerHead
 from ..learner.optimizers import BasicOptStepper
 from ..learner.registry import register_algorithm
-from ..learner.stacks import box_only, split_dls, with_collectors, with_nsteps
 from ..loggers.collectors import BatchCollector, EpisodeCollector, EpocherCollector, LossCollector, RollingTerminatedRewardCollector
 from ..loggers.progress import ProgressBarLogger
 from ..memory.experience_replay import ExperienceReplay
+from ..memory.prioritized import PrioritizedReplay
 from ..networks.actor_critic import Actor, Critic
 from ..networks.conv import ddpg_conv2d_block
 from ..networks.initializers import init_kaiming_normal_weights, init_uniform_weights, init_xavier_uniform_weights
@@ -38,15 +39,15 @@ from ..processors.dpg import ActorLossProcessor, CriticLossProcessor
 from ..processors.targets import SoftTargetUpdater, check_one_knob, get_target_model
 
 # %% auto #0
-__all__ = ['ddpg', 'DDPGAgent', 'DDPGLearner', 'Actor', 'Critic', 'ddpg_conv2d_block', 'init_xavier_uniform_weights',
-           'init_kaiming_normal_weights', 'init_uniform_weights', 'target_of', 'SimpleStep', 'evaluating',
-           'pipe_to_device', 'OrnsteinUhlenbeck', 'ExplorationComparisonLogger', 'ActionClip', 'ActionScaler',
-           'ActionUnbatcher', 'SimpleModelRunner', 'StepFieldSelector', 'NumpyConverter', 'AgentHead', 'Inlet',
-           'GymStepper', 'NStepper', 'NStepFlattener', 'NSkipper', 'FirstLastMerger', 'ExperienceReplay',
-           'CriticLossProcessor', 'ActorLossProcessor', 'BasicOptStepper', 'SoftTargetUpdater', 'get_target_model',
-           'LossCollector', 'EpisodeCollector', 'RollingTerminatedRewardCollector', 'EpocherCollector',
-           'BatchCollector', 'ProgressBarLogger', 'LearnerHead', 'StepBatcher', 'DataBlock', 'GymTransformBlock',
-           'VSCodeTransformBlock', 'JupyterTransformBlock']
+__all__ = ['ddpg', 'DDPGAgent', 'DDPGLearner', 'DDPGPerLearner', 'Actor', 'Critic', 'ddpg_conv2d_block',
+           'init_xavier_uniform_weights', 'init_kaiming_normal_weights', 'init_uniform_weights', 'target_of',
+           'SimpleStep', 'evaluating', 'pipe_to_device', 'OrnsteinUhlenbeck', 'ExplorationComparisonLogger',
+           'ActionClip', 'ActionScaler', 'ActionUnbatcher', 'SimpleModelRunner', 'StepFieldSelector', 'NumpyConverter',
+           'AgentHead', 'Inlet', 'GymStepper', 'NStepper', 'NStepFlattener', 'NSkipper', 'FirstLastMerger',
+           'ExperienceReplay', 'CriticLossProcessor', 'ActorLossProcessor', 'BasicOptStepper', 'SoftTargetUpdater',
+           'get_target_model', 'LossCollector', 'EpisodeCollector', 'RollingTerminatedRewardCollector',
+           'EpocherCollector', 'BatchCollector', 'ProgressBarLogger', 'LearnerHead', 'StepBatcher', 'DataBlock',
+           'GymTransformBlock', 'VSCodeTransformBlock', 'JupyterTransformBlock']
 
 # %% ../../nbs/agents/10_ddpg.ipynb #d4f22f07
 _all_ = ["Actor", "Critic", "ddpg_conv2d_block", "init_xavier_uniform_weights", "init_kaiming_normal_weights", "init_uniform_weights", "target_of",
@@ -104,15 +105,13 @@ def DDPGLearner(
     warmup: int = 0,  # transitions in the replay before the first batch; at least `bs`
     repeat: int = 1,  # batches per step of the environments
     clip_critic_grad: float | None = None,  # bound on each |dQ/da|
+    replay: Callable = ExperienceReplay,  # makes the replay: (pipe, bs, max_sz, warmup, repeat=repeat)
 ) -> LearnerHead:  # `fit`, `validate`, `save`, ...
     "The learner of the paper, in the paper's order. Source: Lillicrap 2016, Alg. 1"
-    train, valid = split_dls("DDPGLearner", dls)
-    box_only("DDPGLearner", train)
     check_one_knob("DDPGLearner", tau, critic_target_copy_freq, actor_target_copy_freq)
     t_actor, t_critic = target_of(actor), target_of(critic)
-    pipe = with_collectors(train)
-    pipe = with_nsteps("DDPGLearner", pipe, nsteps, discount)
-    pipe = ExperienceReplay(pipe, bs, max_sz, warmup, repeat=repeat)
+    pipe = acting_side("DDPGLearner", dls, nsteps, discount)
+    pipe = replay(pipe, bs, max_sz, warmup, repeat=repeat)
     pipe = CriticLossProcessor(pipe, critic, t_actor, t_critic, discount)
     pipe = LossCollector(pipe, "critic_loss", name="critic_loss")
     pipe = BasicOptStepper(pipe, critic, critic_lr, critic_opt, filter=True, name="critic_opt")
@@ -121,17 +120,20 @@ def DDPGLearner(
     pipe = BasicOptStepper(pipe, actor, actor_lr, actor_opt, filter=True, name="actor_opt")
     pipe = SoftTargetUpdater(pipe, critic, critic_target_copy_freq, tau, t_critic, name="critic_target")
     pipe = SoftTargetUpdater(pipe, actor, actor_target_copy_freq, tau, t_actor, name="actor_target")
-    pipe = BatchCollector(pipe)
-    pipe = EpocherCollector(pipe)
-    for augment in dp_augmentation_fns or ():
-        pipe = augment(pipe)
-    loggers = [ProgressBarLogger()] if logger_bases is None else logger_bases
-    learner = LearnerHead(pipe, epoch_length(train) if batches is None else batches, loggers, device, valid, name="DDPGLearner")
-    if debug:
-        print(learner.describe())
-    return learner
+    return finished_learner("DDPGLearner", pipe, dls, logger_bases, batches, device, dp_augmentation_fns, debug)
 
 # %% ../../nbs/agents/10_ddpg.ipynb #7dd87490
+def DDPGPerLearner(
+    *args: Any,  # as `DDPGLearner`
+    alpha: float = 0.6,  # how much priorities count; 0: uniform
+    beta: float = 0.4,  # how much of the bias is corrected at first; 1 in the end
+    beta_steps: int = 100_000,  # environment steps until beta is 1
+    **kwargs: Any,  # as `DDPGLearner`
+) -> LearnerHead:  # `fit`, `validate`, `save`, ...
+    "DDPG with prioritised replay. TD3 and SAC take the same pipe: `replay=PrioritizedReplay`. Source: Schaul 2016, Alg. 1"
+    return DDPGLearner(*args, replay=partial(PrioritizedReplay, alpha=alpha, beta=beta, beta_steps=beta_steps), **kwargs)
+
+# %% ../../nbs/agents/10_ddpg.ipynb #58585e5b
 def ddpg(
     env: str = "Pendulum-v1",  # id of the environment
     seed: int = 0,  # of networks, environments, noise and replay
@@ -148,6 +150,7 @@ def ddpg(
     discount: float = 0.99,  # per environment step
     warmup: int = 1000,  # environment steps with random actions before the first batch
     repeat: int = 1,  # batches per step of the environments
+    prioritized: bool = False,  # draw what surprised more often (`PrioritizedReplay`)
     theta: float = 0.15,  # how strongly the noise is drawn back
     sigma: float = 0.2,  # standard deviation of each push of the noise
     min_epsilon: float = 0.2,  # scale of the noise after `noise_steps`
@@ -160,15 +163,13 @@ def ddpg(
 ) -> LearnerHead:  # ready to fit
     "A DDPG learner from plain settings: what the command line builds"
     seed_everything(seed)
-    probe = GymStepper(env)
-    box_only("ddpg", probe)
-    sizes = probe.observation_space.shape[0], action_size(probe.action_space)
-    probe.close()
+    sizes = sizes_of("ddpg", env)
     actor, critic = Actor(*sizes, hidden1, hidden2, batch_norm=batch_norm), Critic(*sizes, hidden1, hidden2, batch_norm=batch_norm)
     agent = DDPGAgent(actor, min_epsilon=min_epsilon, max_epsilon=max_epsilon, max_steps=noise_steps, theta=theta, sigma=sigma)
     pipe = GymStepper(env, agent, n, mode, seed, random_steps=warmup)
     return DDPGLearner(actor, critic, pipe, logger_bases=[], actor_lr=actor_lr, critic_lr=critic_lr, tau=tau, bs=bs, max_sz=max_sz, nsteps=nsteps,
-                       device=device, batches=batches, discount=discount, warmup=warmup, repeat=repeat, clip_critic_grad=clip_critic_grad)
+                       device=device, batches=batches, discount=discount, warmup=warmup, repeat=repeat, clip_critic_grad=clip_critic_grad,
+                       replay=PrioritizedReplay if prioritized else ExperienceReplay)
 
 
 ddpg = register_algorithm("ddpg", ddpg, "ddpg").build  # notes its settings in the learner, for `load_run`

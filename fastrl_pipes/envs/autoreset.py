@@ -5,6 +5,7 @@
 # %% ../../nbs/envs/05_autoreset.ipynb #d047ccae
 from __future__ import annotations
 
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -12,8 +13,8 @@ import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 
 from .attributes import Inexact
-from .rows import (ANEW, OBSERVED, STEPPED, EnvBackend, Refused, RowBuffer, check_rows, copy_arrays, env_fault, env_name,
-                                    render_frame, rows_state, same_arrays)
+from .rows import (ANEW, OBSERVED, STEPPED, EnvBackend, Refused, RowBuffer, check_rows, copy_arrays, env_fault, env_method,
+                                    env_name, render_frame, rows_in, rows_state, same_arrays)
 from .snapshots import put_env, take_env
 from .spaces import check_action_space, check_observation_space
 from ..errors import CheckpointError, WorkerError, check_choice, message, shape_of
@@ -90,8 +91,8 @@ class VectorBackend(EnvBackend):
         self._put(self._now, obs, rows)
         self.first[:, 0] = rows
 
-    def step(self, actions: np.ndarray) -> tuple:
-        if self._todo or len(actions) != self.n:
+    def step(self, actions: Any) -> tuple:
+        if self._todo or rows_in(actions) != self.n:
             raise self._wrong_call(actions)
         self._todo = ANEW  # until the step is done: after a fault all episodes begin anew
         self.steps += 1
@@ -192,6 +193,11 @@ class VectorBackend(EnvBackend):
         if state["todo"] != ANEW:
             copy_arrays((self._now if state["todo"] == OBSERVED else self._next).nest, state["shown"])
         self._todo = state["todo"]
+
+    def method(self, name: str) -> Callable | None:
+        inside = self.env.unwrapped
+        found = env_method(inside.envs[0], name) if getattr(inside, "envs", None) else getattr(inside, name, None)
+        return found if callable(found) else None
 
     def render(self) -> list:
         return list(render_frame(self.env, self.names[0]))

@@ -22,7 +22,7 @@ from .workers import Workers, usable_cpus
 from ..errors import check_choice, check_number, message, shape_of, suggest
 
 # %% auto #0
-__all__ = ['MODES', 'WORKERS_PAY_ABOVE', 'env_spec', 'step_seconds', 'make_backend']
+__all__ = ['MODES', 'WORKERS_PAY_ABOVE', 'env_spec', 'step_seconds', 'make_another', 'make_backend']
 
 # %% ../../nbs/envs/08_backends.ipynb #58476c04
 MODES = ("auto", "single", "sync", "native", "workers", "async")
@@ -108,6 +108,15 @@ def _native(envs, n, kwargs):
         raise ValueError(message("make_backend", "mode", "is 'native'", "'sync' or 'workers'",
                                  f"{envs!r} has no vector version of its own"))
     return gymnasium.make_vec(spec, n, vectorization_mode="vector_entry_point", **kwargs)
+
+# %% ../../nbs/envs/08_backends.ipynb #94d77fba
+def make_another(
+    envs: Any,  # an id, a factory, or a list of them
+    **env_kwargs,  # for ids: what `gymnasium.make` takes
+) -> gymnasium.Env:  # the caller's to close
+    "One environment more, as the first of those is, in this process"
+    given = list(envs)[:1] if isinstance(envs, Sequence) and not isinstance(envs, str) else envs
+    return _build(_factories(given, 1, env_kwargs)[0])
 
 # %% ../../nbs/envs/08_backends.ipynb #135fd6b6
 def make_backend(

@@ -11,10 +11,10 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from ..errors import check_number
+from ..errors import check_choice, check_number
 
 # %% auto #0
-__all__ = ['Echo', 'ConstantReward', 'Bandit', 'WideBox', 'TwoStep', 'Goal', 'register_debug_envs']
+__all__ = ['Echo', 'ConstantReward', 'Bandit', 'WideBox', 'TwoBoxes', 'TwoStep', 'Goal', 'register_debug_envs']
 
 # %% ../../nbs/envs/00_debug.ipynb #3c2b2604
 def _box(size, low=-1.0, high=1.0):
@@ -117,6 +117,31 @@ class WideBox(Bandit):
     ):
         super().__init__(target, low, high)
 
+# %% ../../nbs/envs/00_debug.ipynb #23c916dc
+class TwoBoxes(Bandit):
+    "A bandit with two boxes, `arm` (two numbers in [-1, 1]) and `grip` (one in [-3, 11]): reward 0 with each at its target"
+
+    def __init__(
+        self,
+        arm: Sequence[float] = (0.4, -0.6),  # the best arm
+        grip: float = 9.0,  # the best grip, far from the centre
+        kind: str = "tuple",  # of the action space: "tuple" or "dict"
+    ):
+        check_choice("TwoBoxes", "kind", kind, ("tuple", "dict"))
+        super().__init__((*arm, grip), (-1.0, -1.0, -3.0), (1.0, 1.0, 11.0))
+        parts = {"arm": _box(2), "grip": spaces.Box(-3.0, 11.0, (), np.float32)}
+        self.action_space = spaces.Tuple(parts.values()) if kind == "tuple" else spaces.Dict(parts)
+
+    def best_action(self) -> tuple | dict:  # as the action space says, in the environment's units
+        "The action whose reward is 0"
+        best = {"arm": super().best_action()[:2], "grip": super().best_action()[2].reshape(())}
+        return best if isinstance(self.action_space, spaces.Dict) else tuple(best.values())
+
+    def step(self, action):
+        if not self.action_space.contains(action):
+            raise ValueError(f"{action!r} is not in {self.action_space}")
+        return super().step(np.concatenate([np.ravel(a) for a in (action.values() if isinstance(action, dict) else action)]))
+
 # %% ../../nbs/envs/00_debug.ipynb #e4a44a85
 class TwoStep(gymnasium.Env):
     "The reward of the second step depends on the action of the first; observation `[time, first action]`"
@@ -187,11 +212,12 @@ class Goal(gymnasium.Env):
 def register_debug_envs() -> None:
     "Make every probe known to gymnasium as `fastrl/NAME-v0`; calling it again changes nothing"
     here, doubles = "fastrl_pipes.envs.debug:", "fastrl_pipes.envs.doubles:"
-    for name in ("Echo", "ConstantReward", "Bandit", "WideBox", "TwoStep", "Goal"):
+    for name in ("Echo", "ConstantReward", "Bandit", "WideBox", "TwoBoxes", "TwoStep", "Goal"):
         _register(name, here + name)
     for name in ("Counting", "Nested", "AnyAction", "NoOp", "Faulty"):
         _register(name, doubles + name)
     _register("CountingVector", doubles + "Counting", vector_entry_point=doubles + "CountingVector")
+    _register("Reach2D", "fastrl_pipes.envs.reach:Reach2D")
     _register("PixelReach", "fastrl_pipes.envs.pixels:pixel_reach")
 
 

@@ -5,7 +5,7 @@
 # %% ../../nbs/envs/04_inprocess.ipynb #dab1588d
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium
@@ -14,8 +14,9 @@ from gymnasium import spaces
 
 from .attributes import Inexact
 from .rows import (ANEW, OBSERVED, STEPPED, EnvBackend, Refused, RowBuffer, check_rows, common_spaces, copy_arrays, env_fault,
-                                    env_name, render_frame, rows_state)
+                                    env_method, env_name, render_frame, rows_state)
 from .snapshots import put_env, take_env
+from .spaces import action_rows
 from ..errors import CheckpointError, message, shape_of
 
 # %% auto #0
@@ -51,6 +52,7 @@ class EnvRows(EnvBackend):
         self.first = np.zeros((n, 1), bool)
         self._flat = self._reward[:, 0], self._terminated[:, 0], self._truncated[:, 0]
         self._discrete = isinstance(self.action_space, spaces.Discrete)
+        self._nested = isinstance(self.action_space, (spaces.Tuple, spaces.Dict))
         self.seed(seed)
 
     def seed(self, seed: int | None) -> None:
@@ -82,7 +84,9 @@ class EnvRows(EnvBackend):
             raise self._not_finite(self._now)
         self._begun, self._over, self._seed = True, False, None
 
-    def step(self, actions: np.ndarray) -> tuple:
+    def step(self, actions: Any) -> tuple:
+        if self._nested:
+            actions = action_rows(actions)
         if self._todo or len(actions) != self.n:
             raise self._wrong_call(actions)
         self._todo = ANEW  # until all rows are done: after a fault all episodes begin anew
@@ -144,6 +148,9 @@ class EnvRows(EnvBackend):
             copy_arrays((self._now if state["todo"] == OBSERVED else self._next).nest, state["shown"])
         self._begun, self._todo = bool(self.first.any()), state["todo"]
         self._over = self._todo == STEPPED and bool((self._terminated | self._truncated).any())
+
+    def method(self, name: str) -> Callable | None:
+        return env_method(self.envs[0], name)
 
     def render(self) -> list:
         return [render_frame(env, name) for env, name in zip(self.envs, self.names)]

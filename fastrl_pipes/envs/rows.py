@@ -5,7 +5,7 @@
 # %% ../../nbs/envs/03_rows.ipynb #c8482056
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium
@@ -16,8 +16,8 @@ from .spaces import check_action_space, check_observation_space
 from ..errors import CheckpointError, WorkerError, message, shape_of
 
 # %% auto #0
-__all__ = ['OBSERVED', 'STEPPED', 'ANEW', 'EnvBackend', 'env_name', 'env_fault', 'render_frame', 'common_spaces', 'Refused',
-           'RowBuffer', 'rows_state', 'check_rows', 'same_arrays', 'copy_arrays']
+__all__ = ['OBSERVED', 'STEPPED', 'ANEW', 'EnvBackend', 'env_method', 'env_name', 'env_fault', 'render_frame', 'common_spaces',
+           'Refused', 'RowBuffer', 'rows_state', 'check_rows', 'same_arrays', 'rows_in', 'copy_arrays']
 
 # %% ../../nbs/envs/03_rows.ipynb #56cb8897
 OBSERVED, STEPPED, ANEW = range(3)  # what `observe` has to do: nothing, go on, begin all episodes anew
@@ -41,7 +41,7 @@ class EnvBackend:
 
     def step(
         self,
-        actions: np.ndarray,  # [n, ...] in the environments' units (`spaces.action_map`)
+        actions: Any,  # [n, ...] in the environments' units (`spaces.action_map`), or a nest of such arrays
     ) -> tuple:  # next_obs nest [n, ...], reward [n, 1] float32, terminated, truncated [n, 1] bool, valid [n] bool or None
         "One step of each row. `valid` is None where all rows are true transitions. Raises WorkerError"
         raise NotImplementedError
@@ -72,8 +72,27 @@ class EnvBackend:
         "A picture of each row"
         raise NotImplementedError
 
+    def method(
+        self,
+        name: str,  # of a method that depends on its arguments alone, such as a goal environment's `compute_reward`
+    ) -> Callable | None:
+        "A method of the environments, where they can be asked in this process; None where not, or where they have none"
+        return None
+
     def close(self) -> None:
         "Release what the backend made; closing twice is allowed. Environments that came alive stay open"
+
+
+def env_method(
+    env: gymnasium.Env,  # with its wrappers
+    name: str,  # of an attribute
+) -> Callable | None:
+    "A method of an environment, or of a wrapper around it; None where there is none"
+    try:
+        found = env.get_wrapper_attr(name)
+    except AttributeError:
+        return None
+    return found if callable(found) else None
 
 
 def env_name(
@@ -225,13 +244,22 @@ def same_arrays(
     return _same_kind(a, b)
 
 
+def rows_in(
+    nest: Any,  # of [n, ...]
+) -> int:  # n
+    "How many rows a batch has: those of its first array"
+    while isinstance(nest, (dict, tuple)):
+        nest = next(iter(nest.values() if isinstance(nest, dict) else nest))
+    return len(nest)
+
+
 def copy_arrays(
     to: Any,  # a nest of arrays
     nest: Any,  # the same nest
 ) -> None:
     "Copy every array into its place"
-    for (_, _, there), (_, _, here) in zip(_leaves(to), _leaves(nest), strict=True):
-        there[...] = here
+    for path, keys, there in _leaves(to):
+        there[...] = _pick(nest, path, keys)
 
 # %% ../../nbs/envs/03_rows.ipynb #e4c44e13
 def _leaves(nest, path="observation", keys=()):

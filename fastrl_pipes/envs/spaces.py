@@ -5,6 +5,8 @@
 # %% ../../nbs/envs/02_spaces.ipynb #ec5c9846
 from __future__ import annotations
 
+from typing import Any
+
 import gymnasium
 import numpy as np
 from gymnasium import spaces
@@ -12,8 +14,8 @@ from gymnasium import spaces
 from ..errors import check_number, message, shape_of
 
 # %% auto #0
-__all__ = ['check_action_space', 'check_observation_space', 'BoxScaler', 'to_box', 'from_box', 'WholeMap', 'action_size',
-           'action_map', 'env_actions', 'random_actions']
+__all__ = ['check_action_space', 'is_boxes', 'check_observation_space', 'BoxScaler', 'to_box', 'from_box', 'WholeMap', 'TupleMap',
+           'action_rows', 'action_size', 'action_map', 'env_actions', 'random_actions']
 
 # %% ../../nbs/envs/02_spaces.ipynb #a01c9a8c
 def check_action_space(
@@ -21,10 +23,37 @@ def check_action_space(
     space: gymnasium.Space,  # the action space of one environment
 ) -> None:
     "Refuse an action space that no map below knows. Raises TypeError"
-    known = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
-    if not isinstance(space, known):
-        raise TypeError(message(who, "action_space", f"is {space}", "Box, Discrete, MultiDiscrete or MultiBinary",
+    if isinstance(space, (spaces.Tuple, spaces.Dict)):
+        _check_boxes(who, space, "action_space")
+    elif not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
+        raise TypeError(message(who, "action_space", f"is {space}", "Box, Discrete, MultiDiscrete, MultiBinary, or Tuple and Dict of boxes",
                                 "flatten it with a wrapper (gymnasium.wrappers.TransformAction)"))
+
+
+def _check_boxes(who, space, path):
+    "Tuple and Dict, nested perhaps, of boxes and nothing else"
+    if not isinstance(space, (spaces.Tuple, spaces.Dict)):
+        if not isinstance(space, spaces.Box):
+            raise TypeError(message(who, path, f"is {space}", "a Box, as every part of a Tuple or Dict of actions",
+                                    "flatten it with a wrapper (gymnasium.wrappers.TransformAction): one policy says either numbers in [-1, 1] or choices"))
+    elif not len(space.spaces):
+        raise TypeError(message(who, path, f"is {space}, which has no part", "at least one Box"))
+    else:
+        for key, part in _parts(space):
+            _check_boxes(who, part, f"{path}.{key}")
+
+
+def _parts(space):
+    return space.items() if isinstance(space, spaces.Dict) else enumerate(space)
+
+
+def is_boxes(
+    space: gymnasium.Space,  # the action space of one environment
+) -> bool:
+    "Is it a Box, or a Tuple or Dict of boxes? A policy then says numbers in [-1, 1]"
+    if isinstance(space, (spaces.Tuple, spaces.Dict)):
+        return len(space.spaces) > 0 and all(is_boxes(part) for _, part in _parts(space))
+    return isinstance(space, spaces.Box)
 
 
 def check_observation_space(
@@ -34,8 +63,7 @@ def check_observation_space(
 ) -> None:
     "Refuse an observation space without a fixed shape, also inside of Dict and Tuple. Raises TypeError"
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
-        parts = space.items() if isinstance(space, spaces.Dict) else enumerate(space)
-        for key, part in parts:
+        for key, part in _parts(space):
             check_observation_space(who, part, f"{path}.{key}")
     elif not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
         raise TypeError(message(who, path, f"is {space}",
@@ -139,26 +167,75 @@ class WholeMap:
         return np.asarray(raw).reshape(len(raw), self.size) - self.start
 
 # %% ../../nbs/envs/02_spaces.ipynb #91128af4
+class TupleMap:
+    "One vector in policy units to the boxes of a Tuple or Dict, each in its own bounds, shape and dtype, and back"
+
+    def __init__(
+        self,
+        space: spaces.Tuple | spaces.Dict,  # of boxes; nested, perhaps. A Dict has gymnasium's order of keys
+    ):
+        if not isinstance(space, (spaces.Tuple, spaces.Dict)):
+            raise TypeError(message("TupleMap", "space", f"is {space}", "a Tuple or a Dict of boxes"))
+        check_action_space("TupleMap", space)
+        self._maps = {key: action_map(part) for key, part in _parts(space)}
+        ends = np.cumsum([m.size for m in self._maps.values()]).tolist()
+        self._pieces = [(key, m, slice(end - m.size, end)) for (key, m), end in zip(self._maps.items(), ends)]
+        self.size, self._named = ends[-1], isinstance(space, spaces.Dict)
+
+    def to_env(
+        self,
+        action: np.ndarray,  # [..., A] float, policy units, one box after the other
+    ) -> tuple | dict:  # of arrays [..., *shape], new memory
+        "What `env.step` takes"
+        made = {key: m.to_env(action[..., piece]) for key, m, piece in self._pieces}
+        return made if self._named else tuple(made.values())
+
+    def to_policy(
+        self,
+        raw: tuple | dict,  # of arrays [..., *shape], the environment's units
+    ) -> np.ndarray:  # [..., A] float
+        "The inverse of `to_env`"
+        return np.concatenate([m.to_policy(raw[key]) for key, m, _ in self._pieces], -1)
+
+
+def action_rows(
+    raw: Any,  # an array [n, ...], or a tuple or dict of them
+) -> Any:  # n actions, each as one environment takes it
+    "A batch of actions one by one"
+    if isinstance(raw, tuple):
+        return list(zip(*map(_rows, raw)))
+    return [dict(zip(raw, row)) for row in zip(*map(_rows, raw.values()))] if isinstance(raw, dict) else raw
+
+
+def _rows(part):
+    "Rows of an array of one axis stay arrays: a Box of no axis does not take a bare number"
+    return [part[i, ...] for i in range(len(part))] if isinstance(part, np.ndarray) and part.ndim == 1 else action_rows(part)
+
+# %% ../../nbs/envs/02_spaces.ipynb #f59f3352
 def action_size(
     space: gymnasium.Space,  # the action space of one environment
-) -> int:  # A or K; 1 for Discrete
+) -> int:  # A or K; 1 for Discrete; of several boxes the sum
     "Width of a stored action, the second axis of `step.action`"
     check_action_space("action_size", space)
+    if isinstance(space, (spaces.Tuple, spaces.Dict)):
+        return sum(action_size(part) for _, part in _parts(space))
     return int(np.prod(space.shape, dtype=int))
 
 
 def action_map(
     space: gymnasium.Space,  # the action space of one environment
-) -> BoxScaler | WholeMap:  # with `to_env` and `to_policy`
+) -> BoxScaler | WholeMap | TupleMap:  # with `to_env` and `to_policy`
     "The map between stored actions and what the environment takes"
     check_action_space("action_map", space)
+    if isinstance(space, (spaces.Tuple, spaces.Dict)):
+        return TupleMap(space)
     return BoxScaler(space) if isinstance(space, spaces.Box) else WholeMap(space)
 
 
 def env_actions(
     space: gymnasium.Space,  # the action space of one environment
     action: np.ndarray,  # [B, A] as stored
-) -> np.ndarray:  # [B, *shape] in the environment's units
+) -> np.ndarray | tuple | dict:  # [B, *shape] in the environment's units, or a nest of such arrays
     "Stored actions to what the environments take, once; a loop keeps an `action_map`"
     action = np.asarray(action)
     if action.ndim != 2 or action.shape[1] != action_size(space):
@@ -174,7 +251,7 @@ def random_actions(
     "Uniform actions as replay stores them"
     check_number("random_actions", "n", n, 1, whole=True)
     shape = n, action_size(space)
-    if isinstance(space, spaces.Box):
+    if is_boxes(space):
         return rng.random(shape, np.float32) * 2 - 1
     if isinstance(space, spaces.MultiBinary):
         return rng.integers(0, 2, shape, np.int8)

@@ -5,14 +5,17 @@
 # %% ../../nbs/envs/10_stepper.ipynb #68968c77
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import gymnasium
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector.utils import create_empty_array
 
 from ..core import SimpleStep, leaves, map_leaves, spawn_seed, take_rows
-from .backends import make_backend
+from .backends import make_another, make_backend
+from .rows import env_method
 from .spaces import action_map, action_size, random_actions
 from ..errors import check_number, check_shape, message, shape_of
 from ..pipes.core import Context, Pipe
@@ -50,6 +53,7 @@ class GymStepper(Pipe):
         self.n, self.agent, self.seed, self.random_steps, self.include_images = self.backend.n, agent, seed, random_steps, include_images
         self.observation_space, self.action_space = self.backend.observation_space, self.backend.action_space
         self.env_steps = 0
+        self._another: gymnasium.Env | None = None  # not stepped; see `env_method`
 
     def _make(self, envs, n, mode, seed, check, timeout, workers, more):
         return make_backend(envs, n, mode, seed, check, timeout, workers, **more)
@@ -166,9 +170,24 @@ class GymStepper(Pipe):
     def _map_of(self):
         return action_map(self.action_space)
 
+    def env_method(
+        self,
+        name: str,  # of a method that depends on its arguments alone, such as a goal environment's `compute_reward`
+    ) -> Callable | None:
+        "A method of the environments, None where they have none. Where they run in other processes, one more is made to be asked"
+        found = self.backend.method(name)
+        if found is None and self.backend.mode in ("workers", "async", "native"):
+            if self._another is None:
+                self._another = make_another(self.settings["envs"], **(self.settings["env_kwargs"] or {}))
+            found = env_method(self._another, name)
+        return found
+
     def close(self) -> None:
         "Close the environments that the stepper made; closing twice is allowed"
         self.backend.close()
+        if self._another is not None:
+            self._another.close()
+            self._another = None
 
 # %% ../../nbs/envs/10_stepper.ipynb #57288bcd
 def synthetic(

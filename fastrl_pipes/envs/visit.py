@@ -16,6 +16,7 @@ from gymnasium import spaces
 
 from .backends import make_backend
 from .rows import Refused, RowBuffer, env_name
+from .spaces import action_rows
 from .stepper import GymStepper
 from ..errors import WorkerError, message, shape_of
 
@@ -64,7 +65,7 @@ class _Visit:
                 raise self.fault(kind, f"is {getattr(self.env, kind)}", f"{getattr(self.stepper, kind)}, as the training environment has", "does the factory draw numbers?")
         until = time.perf_counter() + LIMIT
         self.observed(self.call("reset", 2, "(observation, info)", seed=self.stepper.seed or 0))
-        for action in step.raw_action[:2]:
+        for action in action_rows(step.raw_action)[:2]:
             if time.perf_counter() > until:
                 return
             self.step_n += 1

@@ -23,7 +23,7 @@ import gymnasium
 import numpy as np
 
 from .inprocess import EnvRows
-from .rows import ANEW, OBSERVED, STEPPED, EnvBackend, check_rows, common_spaces, env_fault, env_name, rows_state
+from .rows import ANEW, OBSERVED, STEPPED, EnvBackend, check_rows, common_spaces, copy_arrays, env_fault, env_name, rows_in, rows_state
 from .shared import map_arrays, shared_arrays, shared_file
 from ..errors import CheckpointError, WorkerError, check_number, message, shape_of
 
@@ -44,11 +44,11 @@ def _work(conn: Connection, factories: bytes, lo: int, worker: int, check: bool)
         mine = slice(lo, lo + len(envs))
         part = {k: map_arrays(lambda a: a[mine], v) for k, v in arrays.items() if k not in ("at", "actions")}
         rows = EnvRows(envs, offset=lo, check=check, arrays=part | {"at": arrays["at"][worker : worker + 1]})
-        actions = arrays["actions"][mine]
+        actions = map_arrays(lambda a: a[mine], arrays["actions"])
 
         def step(_):
             rows.observe()
-            rows.step(actions.copy())  # an environment may keep the action that it was given
+            rows.step(map_arrays(np.copy, actions))  # an environment may keep the action that it was given
 
         serve = {"observe": lambda _: rows.observe(), "step": step, "seed": rows.seed, "render": lambda _: rows.render(),
                  "snapshot": lambda _: _envs_state(rows), "restore": lambda state: _restored(rows, state), "close": lambda _: rows.close()}
@@ -200,12 +200,12 @@ class Workers(EnvBackend):
             self._todo = OBSERVED
         return self._now
 
-    def step(self, actions: np.ndarray) -> tuple:
-        if self._todo or len(actions) != self.n:
+    def step(self, actions: Any) -> tuple:
+        if self._todo or rows_in(actions) != self.n:
             raise self._wrong_call(actions)
         self.steps += 1
         self._todo = _INTERRUPTED
-        self._actions[...] = actions
+        copy_arrays(self._actions, actions)
         self._ask(self._all, "step")
         self._todo = STEPPED
         return self._next, self._reward, self._terminated, self._truncated, None

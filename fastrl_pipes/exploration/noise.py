@@ -113,6 +113,18 @@ class Exploration(Stage):
     def forget(self, rows: Any) -> None:
         "The episodes of these rows begin: restart their noise"
 
+    def validating(
+        self,
+        deterministic: bool,  # is there to be no exploration?
+        source: Any,  # of the validation chain
+    ) -> Any:  # a stage of its own that follows this one's schedule; or the source itself, which leaves it out
+        "In validation there is no noise, unless it is asked for"
+        if deterministic and not self.explore_on_val:
+            return source
+        new = self.rebuilt(source)
+        new.leader = self
+        return new
+
     def probe(self, item: Any) -> tuple:
         is_step = isinstance(item, SimpleStep)
         if not is_step and not isinstance(item, _ARRAYS):

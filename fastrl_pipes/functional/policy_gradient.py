@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import check_shape
+from ..errors import check_same_shape, check_shape
 
 # %% auto #0
-__all__ = ['dpg_loss']
+__all__ = ['dpg_loss', 'smoothed_action', 'soft_policy_loss', 'temperature_loss']
 
 # %% ../../nbs/functional/03_policy_gradient.ipynb #b0e21825
 def dpg_loss(
@@ -23,3 +23,44 @@ def dpg_loss(
     if q.shape[1:] != (1,):
         check_shape("dpg_loss", "q", q, ("B", 1), "a critic returns one column")
     return -q.mean()
+
+# %% ../../nbs/functional/03_policy_gradient.ipynb #49ac92e5
+def smoothed_action(
+    action: torch.Tensor,  # mu'(s') [B, A] in [-1, 1]
+    noise: torch.Tensor,  # [B, A], standard normal
+    sigma: float,  # standard deviation, in policy units
+    clip: float,  # bound of the noise, in policy units
+) -> torch.Tensor:  # [B, A] in [-1, 1]
+    """A target action with bounded noise.
+
+    Raises ValueError for shapes that would broadcast. Source: Fujimoto 2018, eq. 14."""
+    if action.shape != noise.shape:
+        check_same_shape("smoothed_action", action=action, noise=noise)
+    return (action + (noise * sigma).clamp(-clip, clip)).clamp(-1, 1)
+
+# %% ../../nbs/functional/03_policy_gradient.ipynb #a3bc18c6
+def soft_policy_loss(
+    log_prob: torch.Tensor,  # log pi(a|s) [B, 1] of actions that the policy drew, with history
+    q: torch.Tensor,  # Q(s, a) [B, 1] of these actions, with history
+    alpha: float | torch.Tensor,  # the temperature, without history
+) -> torch.Tensor:  # [] scalar
+    """mean(alpha log pi - Q).
+
+    Raises ValueError where one of the two is not one column. Source: Haarnoja 2018a, eq. 12; 2018b, eq. 7."""
+    if q.shape[1:] != (1,) or log_prob.shape != q.shape:
+        check_shape("soft_policy_loss", "q", q, ("B", 1), "a critic returns one column")
+        check_same_shape("soft_policy_loss", log_prob=log_prob, q=q)
+    return (alpha * log_prob - q).mean()
+
+# %% ../../nbs/functional/03_policy_gradient.ipynb #b2e74815
+def temperature_loss(
+    alpha: torch.Tensor,  # [] the temperature, with history
+    log_prob: torch.Tensor,  # log pi(a|s) [B, 1] of actions that the policy drew; taken as constant
+    target_entropy: float,  # in nats; minus the number of the action's dimensions is usual
+) -> torch.Tensor:  # [] scalar
+    """mean(-alpha (log pi + target entropy)).
+
+    Raises ValueError where log_prob is not one column. Source: Haarnoja 2018b, eq. 18."""
+    if log_prob.shape[1:] != (1,):
+        check_shape("temperature_loss", "log_prob", log_prob, ("B", 1))
+    return -alpha * (log_prob.detach().mean() + target_entropy)

@@ -5,12 +5,15 @@
 # %% ../../nbs/functional/02_td.ipynb #6060d266
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 
 from ..errors import check_number, check_same_shape, check_shape
 
 # %% auto #0
-__all__ = ['td_target']
+__all__ = ['td_target', 'least', 'td_loss']
 
 # %% ../../nbs/functional/02_td.ipynb #a840da3a
 def td_target(
@@ -49,3 +52,36 @@ def _refuse(reward, discount, terminated, next_value):
         check_shape("td_target", "discount", discount, rows, "give a float, or one column")
     else:
         check_number("td_target", "discount", discount, 0, 1)
+
+# %% ../../nbs/functional/02_td.ipynb #cc924a16
+def least(
+    q: torch.Tensor,  # [k, B, R], or [B, R]
+) -> torch.Tensor:  # [B, R]
+    """The smallest estimate of the replicas.
+
+    Raises ValueError for any other number of axes. Source: Fujimoto 2018, eq. 10."""
+    if q.ndim == 2:
+        return q
+    if q.ndim != 3:
+        check_shape("least", "q", q, ("k", "B", "R"))
+    return torch.minimum(q[0], q[1]) if len(q) == 2 else q.amin(0)
+
+# %% ../../nbs/functional/02_td.ipynb #abbe71fa
+def td_loss(
+    q: torch.Tensor,  # Q(s, a) [k, B, R], or [B, R]
+    y: torch.Tensor,  # the target [B, R]
+    weight: torch.Tensor | None = None,  # of each row [B, 1], or of each estimate, in the shape of q
+    loss: Callable = F.mse_loss,  # (q, y) -> the mean; where there are weights, (q, y, reduction="none") -> in the shape of q
+) -> torch.Tensor:  # [] scalar
+    """Sum over replicas of the mean of squared errors.
+
+    Raises ValueError where y is not [B, R] of q, or weights would broadcast otherwise. Source: Fujimoto 2018, Alg. 1; Schaul 2016, Alg. 1, l. 12."""
+    if q.shape[-2:] != y.shape:
+        check_same_shape("td_loss", y=y, q=q[0] if q.ndim == 3 else q)
+    if weight is None:
+        mean = loss(q, y.expand_as(q))
+    else:
+        if weight.shape != q.shape and weight.shape != (len(y), 1):
+            check_shape("td_loss", "weight", weight, (len(y), 1), "one column, as rows are weighed")
+        mean = (loss(q, y.expand_as(q), reduction="none") * weight).mean()
+    return mean * len(q) if q.ndim == 3 else mean

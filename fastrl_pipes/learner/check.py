@@ -12,11 +12,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from torch import nn
 
 from ..core import SimpleStep, copied, leaves
-from ..envs.spaces import action_size
+from ..envs.spaces import action_rows, action_size, is_boxes
 from ..envs.stepper import GymStepper
 from ..envs.visit import visit_environments
 from ..errors import check_shape, message, shape_of
@@ -141,10 +140,17 @@ def _check_cut(name, step, came):
             raise ValueError(message(name, "terminated", "is set where an episode was only truncated", "the flag as it came", "an episode that was cut has a future"))
 
 
+def _few(raw):
+    "The first numbers of an action, or of each of its parts"
+    if isinstance(raw, (tuple, dict)):
+        return ", ".join(map(_few, raw.values() if isinstance(raw, dict) else raw))
+    return f"{raw.dtype} {np.array2string(np.ravel(raw)[:4], precision=3)}"
+
+
 def _check_raw(name, step, space):
-    for raw in step.raw_action:
-        if isinstance(space, spaces.Box) and not space.contains(raw):
-            raise ValueError(message(name, "raw_action", f"is {raw.dtype} {np.array2string(np.ravel(raw)[:4], precision=3)}", f"an element of {space}",
+    for raw in action_rows(step.raw_action) if is_boxes(space) else ():
+        if not space.contains(raw):
+            raise ValueError(message(name, "raw_action", f"is {_few(raw)}", f"an element of {space}",
                                      "does the agent's chain have an ActionClip before its ActionScaler?"))
 
 # %% ../../nbs/learner/05_check.ipynb #0b76c7d4

@@ -79,8 +79,6 @@ def _raw_line(space):
     if isinstance(space, spaces.Discrete):
         return f"raw = (action[:, 0] + {int(space.start)}).tolist()" if space.start else "raw = action[:, 0].tolist()"
     box = action_map(space)
-    if not isinstance(space, spaces.Box):
-        raise ValueError(message("flatten", "action_space", f"is {space}", "a Box or Discrete"))
     raw = "action" if box._same else f"action * {_literal(box.scale)} + {_literal(box.offset)}"
     raw = f"np.rint({raw})" if box._whole else raw
     raw = f"({raw})" if " " in raw else raw
@@ -98,6 +96,8 @@ def _gym_stepper(pipe, script):
     space, n, seed = pipe.action_space, pipe.n, pipe.seed
     if not isinstance(pipe.observation_space, spaces.Box) or pipe.include_images:
         raise ValueError(message("flatten", "observation_space", f"of {pipe} is {pipe.observation_space}" + " with images" * pipe.include_images, "a Box, without images"))
+    if not isinstance(space, (spaces.Box, spaces.Discrete)):
+        raise ValueError(message("flatten", "action_space", f"of {pipe} is {space}", "a Box or Discrete"))
     flush = getattr(script.learner, "flush_denormals", False)
     if flush:
         script.setup("torch.set_flush_denormal(True)  # numbers below 1e-38 count as zero: they are slow")

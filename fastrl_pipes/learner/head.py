@@ -70,6 +70,8 @@ class LearnerHead(Pipe):
         where = torch.device(device) if device is not None else next((model_device(m) for m in networks), torch.device("cpu"))
         kind = next((model_dtype(m) for m in networks), torch.float32)
         bind(self, Context(device=where, dtype=kind, recorder=self.recorder))
+        if self.stepper is None and isinstance(valid, Pipe):  # the agent of an offline learner acts there alone
+            bind(valid, Context(device=where, dtype=kind))
         self.check()
 
     def begin(self, lazy: bool = False) -> None:
@@ -89,7 +91,9 @@ class LearnerHead(Pipe):
 
     @property
     def agent(self) -> Any:
-        "The acting chain; None when nothing acts"
+        "The acting chain; where nothing acts in training, that of the validation stack; None where there is neither"
+        if self.stepper is None and isinstance(self.valid, Pipe):
+            return getattr(next(iter(find_pipes(self.valid, GymStepper)), None), "agent", None)
         return getattr(self.stepper, "agent", None)
 
     @property
@@ -184,6 +188,8 @@ class LearnerHead(Pipe):
                     keeper.save()
         finally:
             self.context.on_wait = None
+            for pipe in find_pipes(self, lambda p: hasattr(p, "on_fit_end")):  # what records
+                pipe.on_fit_end()
             self._tell("on_fit_end", rows)
         if self.context.interrupted:
             self.interrupted, self.context.interrupted = True, False
@@ -348,9 +354,9 @@ class LearnerHead(Pipe):
         return self
 
     def close(self) -> None:
-        "Close the environments, those of the validation stack too"
+        "Close the environments, those of the validation stack too, and what records"
         for pipe in traverse(self) + (traverse(self.valid) if isinstance(self.valid, Pipe) else []):
-            if isinstance(pipe, GymStepper):
+            if hasattr(pipe, "close"):
                 pipe.close()
 
 

@@ -32,7 +32,7 @@ class Keeper:
     ):
         for field, value, low in (("checkpoint_every", 1 if every is None else every, 1), ("keep", keep, 1), ("best_episodes", best_episodes, 0)):
             check_number(f"{learner}.fit", field, value, low, whole=True)
-        if best_episodes and learner.stepper is None:
+        if best_episodes and learner.stepper is None and getattr(learner, "valid", None) is None:
             raise ValueError(message(f"{learner}.fit", "best_episodes", f"is {best_episodes}", "0", "this stack has no environment to validate in"))
         self.learner, self.folder, self.every, self.keep, self.best_episodes = learner, Path(folder), every, keep, best_episodes
         self.in_steps = learner.stepper is not None

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -129,6 +130,14 @@ class Script:
         self.labels = {id(p): n for n, p in named_pipes(learner).items()}
         self._names: dict[str, Any] = {}
         self.late: list[tuple[nn.Module, str]] = []  # losses whose optimizer is still to come
+        self.fields: dict[str, str] = {}  # computed field of the batch -> the variable that has it, where that is called otherwise
+        self.priorities = ""  # of a prioritised replay upstream: the function that takes (index, td_error)
+        self.loads = False  # does the script load its first parameters from a file?
+        # set by `flatten`: networks by name, and by id their names, whether they return a tuple, and how many replicas an ensemble of critics has, else 0
+        self.modules: dict[str, nn.Module] = {}
+        self.nets: dict[int, str] = {}
+        self.several: dict[int, bool] = {}
+        self.replicas: dict[int, int] = {}
 
     def add(self, *lines: str) -> None:
         "Lines of the loop"
@@ -165,6 +174,20 @@ class Script:
         self._names[name] = owner
         return name
 
+    def local(self, wanted: str) -> str:
+        "The name of something that lives no longer than a batch: other pipes may use it again, networks and what is set up do not have it"
+        return self.name(wanted, self)
+
+    def field(self, name: str) -> str:
+        "The variable that has a field of the batch"
+        return self.fields.get(name, name)
+
+    def generator(self, pipe: Pipe, wanted: str) -> str:
+        "The generator of a pipe that draws (`pipes.draws`)"
+        rng, seed = self.name(wanted), self.seed(type(pipe).__name__, str(pipe))
+        self.setup(f"{rng} = torch.Generator()" + (f".manual_seed({seed})" if seed else ""), *([] if seed else [f"{rng}.seed()"]))
+        return rng
+
     def seed(self, *path: str) -> str:
         "The seed of one owner as a literal; empty where the run has none"
         return "" if self.context.seed is None else str(spawn_seed(self.context.seed, *path))
@@ -172,6 +195,13 @@ class Script:
     def call(self, net: nn.Module, *args: str) -> str:
         "The call of a network; the first output of several"
         return f"{self.nets[id(net)]}({', '.join(args)})" + ("[0]" if self.several[id(net)] else "")
+
+    def sample(self, net: nn.Module, state: str, noise: str) -> str:
+        "The call of a stochastic policy on noise that a pipe draws. Raises ValueError where it takes none"
+        if "noise" not in inspect.signature(type(net).forward).parameters:
+            raise ValueError(message("flatten", self.nets[id(net)], f"is a {type(net).__name__}, whose forward takes no noise", "forward(state, action=None, noise=None)",
+                                     "what it draws from torch's own generator depends on whatever else draws"))
+        return f"{self.nets[id(net)]}({state}, noise={noise})"
 
     def write(self, pipe: Pipe) -> None:
         "Let a pipe write its lines"

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gymnasium import spaces
-
+from ..envs.spaces import is_boxes
 from ..envs.stepper import GymStepper
 from ..errors import check_number, message
 from ..loggers.collectors import EpisodeCollector, RollingTerminatedRewardCollector
@@ -36,10 +35,10 @@ def box_only(
     who: str,  # which learner
     pipe: Pipe,  # the acting stack
 ) -> None:
-    "Refuse environments whose actions are not a box. Raises TypeError"
+    "Refuse environments whose actions are neither a Box nor several of them, as a Tuple or Dict; actors are then `action_size(space)` wide. Raises TypeError"
     for stepper in find_pipes(pipe, GymStepper):
-        if not isinstance(stepper.action_space, spaces.Box):
-            raise TypeError(message(who, "action_space", f"is {stepper.action_space}", "a Box", "for discrete actions take a learner of the DQN family"))
+        if not is_boxes(stepper.action_space):
+            raise TypeError(message(who, "action_space", f"is {stepper.action_space}", "a Box, or a Tuple or Dict of boxes", "for discrete actions take a learner of the DQN family"))
 
 # %% ../../nbs/learner/03_stacks.ipynb #f65da3bf
 def with_collectors(

@@ -18,10 +18,11 @@ import torch
 from ..core import SimpleStep, spawn_seed, to_numpy
 from ..errors import CheckpointError, check_choice, check_number, message, shape_of
 from .rows import LEARNING_FIELDS, RowLayout, leaf_getters
+from ..pipes.control import Repeat
 from ..pipes.core import Context, Fan, Pipe, Stage, traverse
 
 # %% auto #0
-__all__ = ['ReplayMemory', 'pack', 'ReplayWriter', 'ReplaySampler', 'ExperienceReplay']
+__all__ = ['ReplayMemory', 'pack', 'ReplayWriter', 'ReplaySampler', 'behind_a_writer', 'ExperienceReplay']
 
 # %% ../../nbs/memory/01_experience_replay.ipynb #3f961eef
 class ReplayMemory:
@@ -349,6 +350,16 @@ class ReplaySampler(Fan):
         return (layout.unpack(pack(item, layout).to(self.context.device or "cpu"), self.context.dtype),)
 
 # %% ../../nbs/memory/01_experience_replay.ipynb #f149e55d
+def behind_a_writer(
+    source: Any,  # steps [B, ...]
+    memory: ReplayMemory,  # what they are written to
+    repeat: int = 1,  # times that each step is handed on
+) -> Pipe:  # what a sampler of that memory stands on
+    "The writer that a replay brings with it"
+    pipe = ReplayWriter(source, memory)
+    return pipe if repeat == 1 else Repeat(pipe, repeat)
+
+
 class ExperienceReplay(ReplaySampler):
     "Writer and sampler in one: keeps each step, hands on a batch"
 
@@ -362,15 +373,12 @@ class ExperienceReplay(ReplaySampler):
         repeat: int = 1,  # batches per step
         name: str | None = None,  # see `Pipe`
     ):
-        from fastrl_pipes.pipes.control import Repeat
         memory = ReplayMemory(max_sz) if memory is None else memory
-        pipe = ReplayWriter(source, memory)
-        super().__init__(pipe if repeat == 1 else Repeat(pipe, repeat), memory, bs, warmup, name)
+        super().__init__(behind_a_writer(source, memory, repeat), memory, bs, warmup, name)
 
     def rebuilt(self, *sources: Any, **changes: Any) -> ExperienceReplay:
         "With an empty memory of its own. Whatever stands between its writer and itself stays, unless that is what changes"
-        chain = list(_downwards(sources[0]))
-        writer = next((p for p in chain if isinstance(p, ReplayWriter) and self.memory in (p.memory, p.memory.model_of and p.memory.model_of())), None)
+        writer = _own_writer(self, sources[0])
         as_it_was = not {"memory", "max_sz", "repeat"} & set(changes)
         if self.settings["memory"] is not None and "memory" not in changes:
             changes["memory"] = self.settings["memory"].anew()
@@ -378,6 +386,16 @@ class ExperienceReplay(ReplaySampler):
         if as_it_was and writer is not None and writer.memory is not self.memory:
             new.source, new.memory = sources[0], writer.memory
         return new
+
+    def given(self, source: Any) -> Any:
+        "What another replay in its place is to be built on: that below its writer"
+        writer = _own_writer(self, source)
+        return source if writer is None else writer.source
+
+
+def _own_writer(replay, source):
+    "The writer that a replay brought with it, or the one that was made like it, at or below `source`"
+    return next((p for p in _downwards(source) if isinstance(p, ReplayWriter) and replay.memory in (p.memory, p.memory.model_of and p.memory.model_of())), None)
 
 
 def _downwards(pipe):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core import STEP_TYPES, SimpleStep, leaves
+from ..core import STEP_TYPES, SampledStep, SimpleStep, leaves
 from ..errors import CheckpointError, message, shape_of
 
 # %% auto #0
@@ -28,7 +28,7 @@ class RowLayout:
     def __init__(
         self,
         columns: list[tuple[str, str, tuple[int, ...]]],  # (path, NumPy dtype, shape of one row), any order
-        step_type: str = "SimpleStep",  # the class that batches come out as
+        step_type: str = "SimpleStep",  # the class of the steps that are kept; batches come out as `SampledStep`
     ):
         columns = sorted(columns, key=lambda c: (-np.dtype(c[1]).itemsize, str(np.dtype(c[1]))))
         self.columns, self.step_type = columns, step_type
@@ -42,7 +42,7 @@ class RowLayout:
         self.dtype = np.dtype({"names": [c[0] for c in columns], "formats": [(c[1], c[2]) for c in columns],
                                "offsets": offsets, "itemsize": self.itemsize})
         self._groups = self._by_dtype(columns, offsets)
-        self._build = _builder([c[0] for g in self._groups for c in g[2]], STEP_TYPES[step_type])
+        self._build = _builder([c[0] for g in self._groups for c in g[2]], SampledStep)
 
     def _by_dtype(self, columns, offsets):
         "(torch dtype, sizes of a split, [(path, shape)]) for every element type"

@@ -41,9 +41,10 @@ def _hidden(n_in, n_out, activation_fn, batch_norm=False):
 
 
 def _start(network, head, weight_init_fn, final_layer_init_fn):
-    "All layers first, the head again afterwards"
+    "All layers first, the head again afterwards; the network remembers how"
     network.apply(weight_init_fn)
     head.apply(final_layer_init_fn)
+    network.weight_init_fn, network.final_layer_init_fn = weight_init_fn, final_layer_init_fn
 
 
 def _check_sizes(who, **sizes):

@@ -15,13 +15,20 @@ from torch import nn
 from ..errors import message
 
 # %% auto #0
-__all__ = ['call_model', 'model_dtype', 'model_device']
+__all__ = ['argument_names', 'call_model', 'call_policy', 'model_dtype', 'model_device']
 
 # %% ../../nbs/networks/04_calls.ipynb #cb332324
 @functools.lru_cache(maxsize=None)
 def _arguments(forward):
     parameters = inspect.signature(forward).parameters.values()
     return tuple(p.name for p in parameters if p.name != "self" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+
+
+def argument_names(
+    model: nn.Module,  # any network
+) -> tuple[str, ...]:  # without `self`
+    "What a model's forward takes. A model that wraps another one says it by itself, as its attribute `argument_names`"
+    return model.argument_names if hasattr(type(model), "argument_names") else _arguments(type(model).forward)
 
 
 def call_model(
@@ -31,7 +38,7 @@ def call_model(
 ) -> torch.Tensor:  # the model's output; the first of several
     "Call a network on an observation. Raises LookupError where it names a field that the observation lacks"
     if isinstance(state, dict):
-        names = _arguments(type(model).forward)
+        names = argument_names(model)
         wanted = names[: len(names) - len(more)] if more else names
         missing = [n for n in wanted if n not in state]
         if missing:
@@ -40,6 +47,29 @@ def call_model(
     else:
         out = model(state, *more)
     return out[0] if isinstance(out, tuple) else out
+
+# %% ../../nbs/networks/04_calls.ipynb #3c7dbf78
+def call_policy(
+    model: nn.Module,  # a stochastic policy
+    state: Any,  # [B, ...] tensor, or a nest of tensors
+    action: torch.Tensor | None = None,  # [B, A], to be scored
+    noise: torch.Tensor | None = None,  # [B, A] standard normal; a policy that takes none draws for itself
+) -> tuple[torch.Tensor, ...]:  # action, log_prob, entropy, perhaps mode and more
+    "Call a stochastic policy on an observation. Raises LookupError for a field or an argument that is missing"
+    takes = argument_names(model)
+    more = {} if noise is None or "noise" not in takes else {"noise": noise}
+    if action is not None:
+        if "action" not in takes:
+            raise LookupError(message(type(model).__name__, "action", f"is no argument of forward{takes}", "forward(state, action=None)", "a given action is scored"))
+        more["action"] = action
+    if isinstance(state, dict):
+        wanted = [n for n in takes if n not in ("action", "noise")]
+        if missing := [n for n in wanted if n not in state]:
+            raise LookupError(message(type(model).__name__, missing[0], "is an argument of forward", f"one of the observation's fields {list(state)}"))
+        out = model(*[state[n] for n in wanted], **more)
+    else:
+        out = model(state, **more)
+    return out if isinstance(out, tuple) else (out,)
 
 # %% ../../nbs/networks/04_calls.ipynb #65f95bcf
 def model_dtype(

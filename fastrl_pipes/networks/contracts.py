@@ -14,10 +14,10 @@ from torch import nn
 
 from ..core import copied, evaluating, leaves, map_leaves
 from ..errors import check_shape, message, shape_of
-from .calls import call_model, model_device, model_dtype
+from .calls import call_model, call_policy, model_device, model_dtype
 
 # %% auto #0
-__all__ = ['buffers_kept', 'check_model', 'check_gradient']
+__all__ = ['buffers_kept', 'check_model', 'check_policy', 'check_gradient']
 
 # %% ../../nbs/networks/05_contracts.ipynb #f372ac2e
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def buffers_kept(
                 buffer.data.copy_(value)
 
 # %% ../../nbs/networks/05_contracts.ipynb #28a807d9
-def _called(who, field, model, inputs, expected):
+def _called(who, field, model, inputs, expected, replicas=False):
     "The first output. Raises LookupError, TypeError or ValueError that name pipe and argument"
     kind = type(model).__name__
     try:
@@ -50,7 +50,7 @@ def _called(who, field, model, inputs, expected):
         got = f"a {type(out).__name__}" + (f" of {len(out)}" if isinstance(out, (list, dict)) else "")
         raise TypeError(message(who, field, f"({kind}) returns {got}", "a tensor, or a tuple that begins with one",
                                 "further outputs ride along in a tuple"))
-    return out
+    return out.transpose(0, 1) if replicas and out.ndim == 3 else out
 
 
 def _not_taken(who, field, kind, inputs, expected, e):
@@ -65,18 +65,19 @@ def check_model(
     shape: tuple[int | None, ...],  # of the output; None stands for any size
     whole: bool = False,  # may the output be integers?
     unit: bool = False,  # must it lie in [-1, 1], however large the observation?
+    replicas: bool = False,  # may it be an ensemble's, [k, B, R]?
     expected: str = "a network that fits the observation and the action",  # for messages
 ) -> torch.Tensor:  # the output, in evaluation mode
     "Hold a network against its contract, without effect. Raises ValueError, TypeError or LookupError that name the pipe and the argument"
     before = copied(inputs)
     with buffers_kept(model):
-        out = _called(who, field, model, inputs, expected)
-        _check_output(who, field, model, out, inputs, shape, whole)
+        out = _called(who, field, model, inputs, expected, replicas)
+        _check_output(who, field, model, out, inputs, shape if out.ndim < 3 or not replicas else (shape[0], None, *shape[1:]), whole)
         if any(not torch.equal(a, b) for (_, a), (_, b) in zip(leaves(inputs), leaves(before))):
             raise ValueError(message(who, field, f"({type(model).__name__}) changes its input in place", "inputs that are left as they came",
                                      "the batch is used by the next pipe, too"))
         with torch.no_grad():
-            _check_rows(who, field, model, out, inputs, expected)
+            _check_rows(who, field, model, out, inputs, expected, replicas)
             if unit:
                 _check_range(who, field, model, inputs, expected)
     return out
@@ -96,14 +97,14 @@ def _check_output(who, field, model, out, inputs, shape, whole):
         raise ValueError(message(who, field, f"({type(model).__name__}) returns {bad}", "finite numbers", "the input was finite"))
 
 # %% ../../nbs/networks/05_contracts.ipynb #49b55f28
-def _check_rows(who, field, model, out, inputs, expected):
+def _check_rows(who, field, model, out, inputs, expected, replicas=False):
     kind = type(model).__name__
     eps = 1e-2 if out.device.type != "cpu" else 256 * torch.finfo(out.dtype).eps if out.is_floating_point() else 0.5
     bound = eps * float(out.abs().max() if out.numel() else 1)
-    again = _called(who, field, model, inputs, expected)
+    again = _called(who, field, model, inputs, expected, replicas)
     if again.shape == out.shape and float((again - out).abs().max()) > bound:
         return  # it draws numbers
-    alone = _called(who, field, model, map_leaves(lambda x: x[:1], inputs), expected)
+    alone = _called(who, field, model, map_leaves(lambda x: x[:1], inputs), expected, replicas)
     if alone.shape != (1, *out.shape[1:]):
         raise ValueError(message(who, field, f"({kind}) returns {list(alone.shape)} for a batch of one row", str([1, *out.shape[1:]]),
                                  "does a squeeze() drop the batch axis?"))
@@ -122,6 +123,44 @@ def _check_range(who, field, model, inputs, expected):
     if low < -1 - 1e-5 or high > 1 + 1e-5:
         raise ValueError(message(who, field, f"({type(model).__name__}) is not bounded: large observations give [{low:.3g}, {high:.3g}]", "actions in [-1, 1]",
                                  "end it with nn.Tanh()"))
+
+# %% ../../nbs/networks/05_contracts.ipynb #d9445787
+def check_policy(
+    who: str,  # the pipe that calls the policy
+    field: str,  # what the pipe calls it
+    model: nn.Module,  # see `networks.policies`
+    state: Any,  # observation [B, ...] (or a nest): tensors, B at least 2
+    action_sz: int,  # A
+    scored: bool = False,  # must it score given actions?
+) -> torch.Tensor:  # the sample [B, A]
+    "Hold a stochastic policy against its contract, without effect. Raises ValueError, TypeError or LookupError that name the pipe and the argument"
+    kind, rows = type(model).__name__, len(next(x for _, x in leaves(state)))
+    with buffers_kept(model), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        out = _policy_called(who, field, model, state)
+        if len(out) < 3:
+            raise TypeError(message(who, field, f"({kind}) returns {len(out)} output" + "s" * (len(out) != 1), "action, log_prob and entropy", "a deterministic policy belongs into DDPG or TD3"))
+        for name, x, width in zip(("action", "log_prob", "entropy"), out, (action_sz, 1, 1)):
+            _check_output(who, f"{field}: {name}", model, x, (state,), (rows, width), False)
+        params = [p for p in model.parameters() if p.requires_grad]
+        if params and not out[0].requires_grad:
+            raise ValueError(message(who, field, f"({kind}) samples without gradient", "a reparameterised sample", "rsample(), not sample()"))
+        if params and not out[1].requires_grad:
+            raise ValueError(message(who, field, f"({kind}) gives a log_prob without gradient", "a differentiable one"))
+        if scored:
+            given = out[0].detach().clamp(-0.9, 0.9)
+            back, log_prob, *_ = _policy_called(who, field, model, state, given)
+            if not torch.equal(back, given):
+                raise ValueError(message(who, field, f"({kind}) changes the action that it is to score", "the action as it was given"))
+            if params and not log_prob.requires_grad:
+                raise ValueError(message(who, field, f"({kind}) scores an action without gradient", "a differentiable log_prob"))
+    return out[0].detach()
+
+
+def _policy_called(who, field, model, state, action=None):
+    try:
+        return call_policy(model, state, action)
+    except Exception as e:
+        raise _not_taken(who, field, type(model).__name__, (state,) if action is None else (state, action), "a policy that fits the observation: forward(state, action=None)", e) from e
 
 # %% ../../nbs/networks/05_contracts.ipynb #0023940a
 def check_gradient(

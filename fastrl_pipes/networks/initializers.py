@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import check_number
 
 # %% auto #0
-__all__ = ['init_xavier_uniform_weights', 'init_kaiming_normal_weights', 'init_uniform_weights']
+__all__ = ['init_xavier_uniform_weights', 'init_kaiming_normal_weights', 'init_uniform_weights', 'keep_weights']
 
 # %% ../../nbs/networks/00_initializers.ipynb #96e977d4
 @torch.no_grad()
@@ -57,3 +57,9 @@ def init_uniform_weights(
     if isinstance(m, nn.Linear):
         check_number("init_uniform_weights", "bound", bound, 0)
         nn.init.uniform_(m.weight, -bound, bound)
+
+# %% ../../nbs/networks/00_initializers.ipynb #89b032a3
+def keep_weights(
+    m: nn.Module,  # any module
+) -> None:
+    "Leaves a layer as torch made it"

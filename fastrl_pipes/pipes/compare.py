@@ -273,6 +273,8 @@ def replace(
 
 
 def _called(new, old, sources):
+    if hasattr(old, "given"):  # it had brought another pipe with it
+        sources = [old.given(sources[0])]
     made = new(*(sources[:1] if old.source is not None else sources))
     if not isinstance(made, Pipe):
         raise TypeError(message("replace", "new", f"made {shape_of(made)}", "a pipe"))

@@ -35,6 +35,7 @@ class Context:
     action_space: Any = None  # of one environment
     recorder: Any = None  # where collectors write
     seed: int | None = None  # from which pipes derive their generators' seeds
+    priorities: Callable[[Any, Any], None] | None = None  # where losses report TD errors: (index [B] int64, errors [B] float)
     interrupted: bool = False  # a request to stop, read between two pulls
     on_wait: Callable[[], None] | None = None  # called while a pipe pulls on because nothing came out yet (warm-up)
 

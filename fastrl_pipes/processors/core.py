@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core import SimpleStep, evaluating, leaves, mode_matters
+from ..core import SampledStep, SimpleStep, evaluating, leaves, mode_matters
 from ..errors import check_shape, message, shape_of
 from ..networks.contracts import buffers_kept, check_gradient
 from ..pipes.core import Context, Fan
@@ -20,6 +20,9 @@ from ..pipes.core import Context, Fan
 __all__ = ['LossProcessor', 'check_network', 'check_value']
 
 # %% ../../nbs/processors/00_core.ipynb #52b2f5f5
+_WITH_THE_LOSS = ("grads", "signals")  # what a processor computes for the loss dictionary, not for the batch
+
+
 class LossProcessor(Fan):
     "Base of loss processors: for a batch, `({'loss', 'model'}, batch)`. A subclass defines `loss(batch)` and names its networks"
     NETWORKS: tuple[str, ...] = ("model",)  # the attributes that hold networks; the first is the one to be stepped
@@ -37,14 +40,24 @@ class LossProcessor(Fan):
         if not isinstance(item, SimpleStep):
             return (item,)
         if not self._others:
-            return {"loss": self.loss(item), "model": self.stepped}, item
+            return self._emitted(self.loss(item), item)
         with evaluating(*self._others):
-            return {"loss": self.loss(item), "model": self.stepped}, item
+            return self._emitted(self.loss(item), item)
+
+    def _emitted(self, found, batch):
+        "The loss dictionary, and the batch with what was computed about it"
+        if type(found) is not tuple:
+            return {"loss": found, "model": self.stepped}, batch
+        loss, computed = found
+        out = {"loss": loss, "model": self.stepped, **{k: computed.pop(k) for k in _WITH_THE_LOSS if k in computed}}
+        if (error := computed.pop("td_error", None)) is not None and self.context.priorities is not None:
+            self.context.priorities(batch.index, error)
+        return out, SampledStep.of(batch, **computed) if computed else batch
 
     def loss(
         self,
         batch: SimpleStep,  # tensors [B, ...]
-    ) -> torch.Tensor:  # one number
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:  # one number; perhaps with fields that the batch carries on
         "The loss of a batch"
         raise NotImplementedError(f"{type(self).__name__} does not define loss(batch)")
 
@@ -60,10 +73,13 @@ class LossProcessor(Fan):
         with buffers_kept(*self.modules().values()), torch.enable_grad():
             self.check_networks(item)
             with _at(self):
-                loss = self.loss(item)
+                found = self.loss(item)
+            loss, computed = found if type(found) is tuple else (found, {})
             check_shape(str(self), "loss", loss, (), "take the mean over the batch")
             check_gradient(str(self), self.NETWORKS[0], self.stepped, loss)
-        return {"loss": loss.detach(), "model": self.stepped}, item
+        carried = {k: v.detach() for k, v in computed.items() if k not in (*_WITH_THE_LOSS, "td_error")}
+        signals = {k: computed[k] for k in _WITH_THE_LOSS if k in computed and k != "grads"}
+        return {"loss": loss.detach(), "model": self.stepped, **signals}, SampledStep.of(item, **carried) if carried else item
 
     def check_networks(
         self,
@@ -97,7 +113,8 @@ def check_value(
     field: str,  # which network
     value: torch.Tensor,  # what it returned
     rows: int,  # of the batch
+    width: int = 1,  # components of the reward
 ) -> None:
-    "Refuse a value that is not [B, 1]: a [B] would broadcast in silence"
-    if value.shape != (rows, 1):
-        check_shape(who, field, value, (rows, 1), "a critic returns [B, 1]; did it drop the last axis?")
+    "Refuse a value that is neither [B, R] nor [k, B, R]: a [B] would broadcast in silence"
+    if value.shape[-2:] != (rows, width) or value.ndim > 3:
+        check_shape(who, field, value, (rows, width), "a critic returns [B, 1]; did it drop the last axis?")

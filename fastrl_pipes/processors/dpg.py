@@ -15,82 +15,50 @@ from torch import nn
 from ..core import SimpleStep
 from ..errors import check_number, message
 from ..functional.policy_gradient import dpg_loss
-from ..functional.td import td_target
+from ..functional.td import least
 from ..networks.calls import call_model
-from ..networks.contracts import buffers_kept, check_model
+from ..networks.contracts import check_model
+from ..networks.ensemble import first_value
 from ..pipes.graph import find_pipes
-from ..pipes.nstep import FirstLastMerger
 from .core import LossProcessor, check_network, check_value
-from .targets import get_target_model
+from .targets import target_given
+from .td import TDLossProcessor
 
 # %% auto #0
 __all__ = ['CriticLossProcessor', 'ActorLossProcessor']
 
 # %% ../../nbs/processors/02_dpg.ipynb #d39f81a1
-class CriticLossProcessor(LossProcessor):
+class CriticLossProcessor(TDLossProcessor):
     "Batch in, the critic's temporal difference loss out, then the batch"
     NETWORKS = ("critic", "t_actor", "t_critic")
 
     def __init__(
         self,
-        source: Any,  # batches with state, action, next_state, reward [B, 1], terminated [B, 1], perhaps discount [B, 1]
-        critic: nn.Module,  # ([B, S], [B, A]) -> [B, 1]
+        source: Any,  # batches with state, action, next_state, reward [B, 1], terminated [B, 1], perhaps discount, weight and index
+        critic: nn.Module,  # ([B, S], [B, A]) -> [B, 1], or [k, B, 1] of an ensemble
         t_actor: nn.Module,  # the actor's target, [B, S] -> [B, A] in [-1, 1]
         t_critic: nn.Module | None = None,  # the critic's target; None: looked for upstream, `get_target_model`
         discount: float = 0.99,  # per environment step, in [0, 1]
         nsteps: int = 1,  # steps that a sample spans; samples that carry their own discount overrule it
-        loss: Callable[[], nn.Module] = nn.MSELoss,  # makes the loss of two [B, 1]
+        loss: Callable[..., nn.Module] = nn.MSELoss,  # makes the loss of Q and y; called with reduction="none" for weighted samples
         name: str | None = None,  # see `Pipe`
     ):
-        super().__init__(source, name)
-        check_network(str(self), "critic", critic)
+        super().__init__(source, critic, discount, nsteps, loss, name)
         check_network(str(self), "t_actor", t_actor)
-        check_number(str(self), "discount", discount, 0, 1)
-        check_number(str(self), "nsteps", nsteps, 1, whole=True)
-        self.critic, self.t_actor = critic, t_actor
-        self.t_critic = get_target_model(critic, self.source) if t_critic is None else t_critic
-        check_network(str(self), "t_critic", self.t_critic)
-        if self.t_critic is critic:
-            raise ValueError(message(str(self), "t_critic", "is the critic itself", "its target", "make one with target_of(critic)"))
-        self.discount, self.nsteps, self._loss = discount, nsteps, loss()
-        self._agree_with_mergers()
+        self.t_actor, self.t_critic = t_actor, target_given(self, critic, t_critic)
 
-    def _agree_with_mergers(self):
-        for merger in find_pipes(self.source, FirstLastMerger):
-            if merger.discount != self.discount:
-                raise ValueError(message(str(self), "discount", f"is {self.discount}", f"{merger.discount}, as {merger} upstream merges with"))
+    def next_action(self, batch: SimpleStep) -> torch.Tensor:
+        "What the target actor does in the next state [B, A]"
+        return call_model(self.t_actor, batch.next_state)
 
-    def loss(self, batch: SimpleStep) -> torch.Tensor:
-        reward = batch.reward
-        with torch.no_grad():
-            target_action = call_model(self.t_actor, batch.next_state)
-            next_value = call_model(self.t_critic, batch.next_state, target_action)
-            check_value(str(self), "t_critic", next_value, len(reward))
-            discount = self._discount if getattr(batch, "discount", None) is None else batch.discount
-            y = td_target(reward, discount, batch.terminated, next_value)
-        q = call_model(self.critic, batch.state, batch.action)
-        check_value(str(self), "critic", q, len(reward))
-        return self._loss(q, y)
-
-    @property
-    def _discount(self):
-        return self.discount**self.nsteps
+    def target(self, batch: SimpleStep) -> torch.Tensor:
+        next_value = call_model(self.t_critic, batch.next_state, self.next_action(batch))
+        check_value(str(self), "t_critic", next_value, *batch.reward.shape)
+        return self.bootstrap(batch, least(next_value))
 
     def check_networks(self, batch: SimpleStep) -> None:
-        rows = len(batch.reward)
-        check_model(str(self), "t_actor", self.t_actor, batch.next_state, shape=(rows, batch.action.shape[1]))
-        for field, state in (("critic", batch.state), ("t_critic", batch.next_state)):
-            check_model(str(self), field, getattr(self, field), state, batch.action, shape=(rows, 1))
-
-    def probe(self, item: Any) -> tuple:
-        out = super().probe(item)
-        if isinstance(item, SimpleStep) and item.truncated is not None:
-            with buffers_kept(*self.modules().values()), torch.no_grad():
-                cut = self.loss(item.replace(truncated=~item.truncated))
-            if not torch.equal(cut, out[0]["loss"]):
-                raise ValueError(message(str(self), "loss", "changes with 'truncated'", "a target that only 'terminated' stops",
-                                         "an episode that was cut has a future"))
-        return out
+        check_model(str(self), "t_actor", self.t_actor, batch.next_state, shape=tuple(batch.action.shape))
+        super().check_networks(batch)
 
 # %% ../../nbs/processors/02_dpg.ipynb #a35b02bb
 class ActorLossProcessor(LossProcessor):
@@ -100,7 +68,7 @@ class ActorLossProcessor(LossProcessor):
     def __init__(
         self,
         source: Any,  # batches with state
-        critic: nn.Module,  # ([B, S], [B, A]) -> [B, 1]
+        critic: nn.Module,  # ([B, S], [B, A]) -> [B, 1]; of an ensemble the first replica counts
         actor: nn.Module,  # [B, S] -> [B, A] in [-1, 1]
         clip_critic_grad: float | None = None,  # bound on each |dQ/da|; None: none
         name: str | None = None,  # see `Pipe`
@@ -120,7 +88,7 @@ class ActorLossProcessor(LossProcessor):
         if self.clip_critic_grad is not None and action.requires_grad:
             bound = self.clip_critic_grad / len(action)  # the loss is a mean
             action.register_hook(lambda g: g.clamp(-bound, bound))
-        q = call_model(self.critic, batch.state, action)
+        q = first_value(self.critic, batch.state, action)
         check_value(str(self), "critic", q, len(action))
         return dpg_loss(q)
 
@@ -128,4 +96,4 @@ class ActorLossProcessor(LossProcessor):
         rows = len(batch.action)
         box = self.context is not None and isinstance(self.context.action_space, spaces.Box)
         action = check_model(str(self), "actor", self.actor, batch.state, shape=(rows, batch.action.shape[1]), unit=box)
-        check_model(str(self), "critic", self.critic, batch.state, action, shape=(rows, 1))
+        check_model(str(self), "critic", self.critic, batch.state, action, shape=(rows, 1), replicas=True)

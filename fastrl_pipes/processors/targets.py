@@ -18,7 +18,7 @@ from ..pipes.graph import find_pipes
 from .core import check_network
 
 # %% auto #0
-__all__ = ['SoftTargetUpdater', 'check_one_knob', 'get_target_model']
+__all__ = ['SoftTargetUpdater', 'check_one_knob', 'get_target_model', 'target_given']
 
 # %% ../../nbs/processors/01_targets.ipynb #15e22411
 class SoftTargetUpdater(Stage):
@@ -119,3 +119,17 @@ def get_target_model(
         raise LookupError(message("get_target_model", "model", f"is a {type(model).__name__}, which {len(fits)} of the updaters upstream follow: {listed}",
                                   "exactly one", "put a SoftTargetUpdater upstream, or give the target by hand: target_of(model)"))
     return fits[0].target_model
+
+# %% ../../nbs/processors/01_targets.ipynb #6c35b925
+def target_given(
+    who: Any,  # the pipe that wants it
+    model: nn.Module,  # the network whose target is wanted
+    target: nn.Module | None,  # the target; None: looked for upstream
+    field: str = "t_critic",  # what the pipe calls it
+) -> nn.Module:  # the target network
+    "A target that was given, or the one upstream. Raises TypeError for what is no network, ValueError for the network itself"
+    target = get_target_model(model, who.source) if target is None else target
+    check_network(str(who), field, target)
+    if target is model:
+        raise ValueError(message(str(who), field, f"is the {field.removeprefix('t_')} itself", "its target", f"make one with target_of({field.removeprefix('t_')})"))
+    return target
