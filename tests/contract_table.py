@@ -5,9 +5,15 @@ A pipe that is not here fails the suite. An entry says how the pipe is built ove
 pulled for k to come out (`pulls`)."""
 from __future__ import annotations
 
+import functools
+import itertools
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,22 +31,27 @@ from fastrl_pipes.envs.stepper import GymStepper
 from fastrl_pipes.exploration.comparison import ExplorationComparisonLogger
 from fastrl_pipes.exploration.noise import Exploration, GaussianNoise, OrnsteinUhlenbeck
 from fastrl_pipes.learner.datablock import EpochLength
+from fastrl_pipes.learner.dataset_writer import DatasetWriter
 from fastrl_pipes.learner.head import LearnerHead
 from fastrl_pipes.learner.optimizers import BasicOptStepper
 from fastrl_pipes.loggers.collectors import BatchCollector, EpisodeCollector, EpocherCollector, LossCollector, RollingTerminatedRewardCollector
 from fastrl_pipes.loggers.video import VideoCollector
+from fastrl_pipes.memory.dataset import DatasetSteps
 from fastrl_pipes.memory.episodes import EpisodeWriter
 from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayMemory, ReplaySampler, ReplayWriter
 from fastrl_pipes.memory.hindsight import HindsightReplay
+from fastrl_pipes.memory.offline import MixedReplay, OfflineReplay
 from fastrl_pipes.memory.prioritized import PrioritizedReplay, PrioritizedSampler
 from fastrl_pipes.networks.targets import target_of
 from fastrl_pipes.pipes.batch import StepBatcher
 from fastrl_pipes.pipes.control import Every, Inlet, Repeat, Take
-from fastrl_pipes.pipes.core import BaseNode, Fan, Foreign, IterableSource, Pipe, Stage
+from fastrl_pipes.pipes.core import BaseNode, Context, Fan, Foreign, IterableSource, Pipe, Stage, bind
 from fastrl_pipes.pipes.graph import find_pipe
 from fastrl_pipes.pipes.nstep import FirstLastMerger, NSkipper, NStepFlattener, NStepper
 from fastrl_pipes.pipes.tape import Tap, Tape
 from fastrl_pipes.processors.core import LossProcessor
+from fastrl_pipes.agents.hddpg import HystereticCriticLossProcessor
+from fastrl_pipes.loggers.signals import SignalCollector
 from fastrl_pipes.processors.dpg import ActorLossProcessor, CriticLossProcessor
 from fastrl_pipes.processors.targets import SoftTargetUpdater
 
@@ -219,6 +230,11 @@ def numbers(n: int = 40) -> list[dict]:
     return [item for i in range(n) for item in ([{"loss": torch.tensor(float(i) / 3)}] + batches(1) * (i % 3 == 0))]
 
 
+def signalling(n: int = 20) -> list[dict]:
+    "Loss dictionaries with signals, and a batch after every third"
+    return [item for i in range(n) for item in ([{"loss": torch.tensor(0.5), "signals": {"q1": torch.tensor(float(i))}}] + batches(1) * (i % 3 == 0))]
+
+
 # --- networks --------------------------------------------------------------------------------------------------------
 class Policy(nn.Module):
     "[B, S] -> [B, A], with batch norm"
@@ -297,6 +313,7 @@ def through(make: Callable[[Pipe], Pipe]) -> Callable:
 # --- the table -------------------------------------------------------------------------------------------------------
 BOX = spaces.Box(np.float32([-3, 100]), np.float32([11, 101]))
 NOTHING = SimpleNamespace
+SPACES = {"observation_space": spaces.Box(-10, 10, (S,)), "action_space": spaces.Box(-2, 2, (A,))}
 
 
 @dataclass
@@ -328,6 +345,27 @@ def _filled() -> ReplayMemory:
     for step in env_steps(6):
         memory.write(step)
     return memory
+
+
+MINARI = find_spec("minari") is not None
+FOLDERS = tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)  # for data sets: each pipe writes to a new one
+
+
+def _folder() -> Path:
+    return Path(FOLDERS.name) / f"data-{next(_NUMBERS)}-v0"
+
+
+_NUMBERS = itertools.count()
+
+
+@functools.cache
+def _recorded() -> Path:
+    "A data set of four short episodes"
+    pipe = DatasetWriter(ActionClip(env_steps(9, lengths=(2, 4))), _folder(), unfinished="drop")
+    bind(pipe, Context(seed=SEED, **SPACES))
+    list(pipe)
+    pipe.close()
+    return pipe.folder
 
 
 def _pairs(n: int = 8) -> list:
@@ -424,6 +462,11 @@ TABLE: dict[type, dict[str, Entry]] = {
                       "double": entry(lambda s: HindsightReplay(s, BS, 12, strategy="final", compute_reward=near, compute_terminated=lambda a, d, info: near(a, d, info) > 9),
                                       goal_steps, context={"dtype": torch.float64}),
                       "without": entry(lambda s: HindsightReplay(s, BS, 12, k=0), goal_steps)},
+    OfflineReplay: {"": Entry(lambda _, p: OfflineReplay(_filled(), BS, SEED), None),
+                    "double": Entry(lambda _, p: OfflineReplay(_filled(), BS), None, context={"dtype": torch.float64}),
+                    **({"data set": Entry(lambda _, p: OfflineReplay(_recorded(), BS), None)} if MINARI else {})},
+    MixedReplay: {"": entry(lambda s: MixedReplay(s, _filled(), 0.25, BS, 12, warmup=7)),
+                  "repeated, double": entry(lambda s: MixedReplay(s, _filled(), 0.5, BS, 12, repeat=2), pulls=lambda k: -(-k // 2), context={"dtype": torch.float64})},
     OrnsteinUhlenbeck: {"steps": entry(lambda s: OrnsteinUhlenbeck(s, A, max_steps=15), acted),
                         "arrays": entry(lambda s: OrnsteinUhlenbeck(s, mu=0.3), actions),
                         "tensors": entry(OrnsteinUhlenbeck, lambda: as_torch(acted())),
@@ -450,6 +493,7 @@ TABLE: dict[type, dict[str, Entry]] = {
                       "filters": learning(lambda s, p: BasicOptStepper(s, p.critic, 1e-2, filter=True), losses_and_batches),
                       "momentum": learning(lambda s, p: BasicOptStepper(s, p.critic, 1e-2, partial(torch.optim.SGD, momentum=0.9)), losses_and_batches),
                       "adds up": learning(lambda s, p: BasicOptStepper(s, p.critic, 1e-2, do_zero_grad=False), losses_and_batches)},
+    HystereticCriticLossProcessor: {"": learning(lambda s, p: HystereticCriticLossProcessor(s, p.critic, p.t_actor, p.t_critic, q_decrease_rate=0.25))},
     SoftTargetUpdater: {"": learning(lambda s, p: SoftTargetUpdater(s, p.critic, tau=0.1, target_model=p.t_critic)),
                         "own, every 3": learning(lambda s, p: SoftTargetUpdater(s, p.critic, 3, 1.0))},
     EpisodeCollector: {"": entry(EpisodeCollector)},
@@ -458,9 +502,17 @@ TABLE: dict[type, dict[str, Entry]] = {
     EpocherCollector: {"": entry(EpocherCollector, batches), "batches": entry(lambda s: EpocherCollector(s, 2), batches)},
     VideoCollector: {"": entry(VideoCollector, lambda: with_images()), "few": entry(lambda s: VideoCollector(s, frames=2), lambda: with_images())},
     EpochLength: {"": entry(lambda s: EpochLength(s, 3))},
+    SignalCollector: {"": entry(SignalCollector, signalling)},
     LossCollector: {"": entry(LossCollector, numbers, count=60), "filters": entry(lambda s: LossCollector(s, filter=True), numbers)},
     LearnerHead: {"": learning(_learner, pulls=lambda k: k, ends="a head hands on batches only", binds_itself=True)},
 }
+
+
+if MINARI:
+    TABLE[DatasetSteps] = {"": Entry(lambda _, p: DatasetSteps(_recorded()), None)}
+    TABLE[DatasetWriter] = {"": entry(lambda s: DatasetWriter(s, _folder(), unfinished="drop"), context=SPACES)}
+else:
+    ABSTRACT |= {DatasetSteps, DatasetWriter}
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------

@@ -14,11 +14,13 @@ from torch import nn
 from .core import ActionClip, ActionScaler, AgentHead, PolicyRunner
 from ..core import seed_everything
 from ..envs.stepper import GymStepper
+from ..exploration.noise import OrnsteinUhlenbeck
 from ..learner.compose import acting_side, finished_learner, sizes_of
 from ..learner.head import LearnerHead
 from ..learner.optimizers import BasicOptStepper
 from ..learner.registry import register_algorithm
 from ..loggers.collectors import LossCollector
+from ..loggers.signals import SignalCollector
 from ..memory.experience_replay import ExperienceReplay
 from ..memory.prioritized import PrioritizedReplay
 from ..networks.ensemble import Critics
@@ -36,10 +38,14 @@ __all__ = ['sac', 'SACAgent', 'SACLearner']
 # %% ../../nbs/agents/30_sac.ipynb #a87e36cf
 def SACAgent(
     model: nn.Module,  # a stochastic policy, see `networks.policies`
+    sigma: float = 0.0,  # standard deviation of each push of correlated noise on top, in policy units; 0: none
+    theta: float = 0.15,  # how strongly that noise is drawn back
     dp_augmentation_fns: Sequence[Callable] | None = None,  # each takes the chain and returns a new one
 ) -> AgentHead:  # feed it steps, or give it to a GymStepper
     "An agent that acts by sampling its policy. Source: Haarnoja 2018b, Alg. 1"
     pipe = PolicyRunner(Inlet(), model)
+    if sigma:
+        pipe = OrnsteinUhlenbeck(pipe, theta=theta, sigma=sigma, min_epsilon=1.0)
     pipe = ActionClip(pipe)
     pipe = ActionScaler(pipe)
     for augment in dp_augmentation_fns or ():
@@ -57,6 +63,7 @@ def SACLearner(
     critic_lr: float = 3e-4,  # learning rate of the critics
     critic_opt: Callable = torch.optim.Adam,  # their optimizer
     alpha: float | None = None,  # a fixed temperature; None: it is learned
+    initial_alpha: float = 1.0,  # where a learned temperature begins
     alpha_lr: float = 3e-4,  # learning rate of the temperature
     target_entropy: float | None = None,  # what the temperature aims at, in nats; None: minus the size of the action
     tau: float = 0.005,  # how far the targets move at each batch
@@ -71,7 +78,7 @@ def SACLearner(
 ) -> LearnerHead:  # `fit`, `validate`, `save`, ...
     "The learner of the paper, in the paper's order. Source: Haarnoja 2018b, Alg. 1"
     t_critic = target_of(critic)
-    temperature = Temperature(1.0 if alpha is None else alpha, alpha is None, model_dtype(actor)).to(model_device(actor))
+    temperature = Temperature(initial_alpha if alpha is None else alpha, alpha is None, model_dtype(actor)).to(model_device(actor))
     pipe = acting_side("SACLearner", dls, nsteps, discount)
     pipe = replay(pipe, bs, max_sz, warmup, repeat=repeat)
     pipe = SoftCriticLossProcessor(pipe, critic, actor, temperature, t_critic, discount)
@@ -82,6 +89,7 @@ def SACLearner(
     pipe = BasicOptStepper(pipe, actor, actor_lr, actor_opt, filter=True, name="actor_opt")
     if alpha is None:
         pipe = TemperatureLossProcessor(pipe, temperature, target_entropy)
+        pipe = SignalCollector(pipe, name="alpha")
         pipe = BasicOptStepper(pipe, temperature, alpha_lr, filter=True, name="alpha_opt")
     pipe = SoftTargetUpdater(pipe, critic, 1, tau, t_critic, name="critic_target")
     return finished_learner("SACLearner", pipe, dls, logger_bases, **head)
@@ -97,6 +105,7 @@ def sac(
     actor_lr: float = 3e-4,  # learning rate of the policy
     critic_lr: float = 3e-4,  # learning rate of the critics
     alpha: float | None = None,  # a fixed temperature; None: it is learned
+    initial_alpha: float = 1.0,  # where a learned temperature begins
     alpha_lr: float = 3e-4,  # learning rate of the temperature
     target_entropy: float | None = None,  # what the temperature aims at, in nats; None: minus the size of the action
     tau: float = 0.005,  # how far the targets move at each batch
@@ -105,6 +114,7 @@ def sac(
     nsteps: int = 1,  # steps merged into a sample
     discount: float = 0.99,  # per environment step
     warmup: int = 1000,  # environment steps with random actions before the first batch
+    sigma: float = 0.0,  # standard deviation of each push of correlated noise while acting; 0: none
     repeat: int = 1,  # batches per step of the environments
     prioritized: bool = False,  # draw what surprised more often (`PrioritizedReplay`)
     batches: int = 1000,  # pulls in an epoch
@@ -115,8 +125,8 @@ def sac(
     seed_everything(seed)
     sizes = sizes_of("sac", env)
     actor, critic = GaussianActor(*sizes, hidden=(hidden1, hidden2)), Critics(*sizes, k=critics, hidden=(hidden1, hidden2))
-    pipe = GymStepper(env, SACAgent(actor), n, mode, seed, random_steps=warmup)
-    return SACLearner(actor, critic, pipe, [], actor_lr, critic_lr=critic_lr, alpha=alpha, alpha_lr=alpha_lr, target_entropy=target_entropy, tau=tau,
+    pipe = GymStepper(env, SACAgent(actor, sigma), n, mode, seed, random_steps=warmup)
+    return SACLearner(actor, critic, pipe, [], actor_lr, critic_lr=critic_lr, alpha=alpha, initial_alpha=initial_alpha, alpha_lr=alpha_lr, target_entropy=target_entropy, tau=tau,
                       bs=bs, max_sz=max_sz, nsteps=nsteps, discount=discount, warmup=warmup, repeat=repeat, batches=batches, device=device,
                       replay=PrioritizedReplay if prioritized else ExperienceReplay)
 

@@ -122,6 +122,10 @@ class _Book:
     def forget(self):
         self.episodes, self.steps = [], 0
 
+    def let_go(self):
+        self.flush()
+        atexit.unregister(self.flush)
+
 
 def _numbered(where, i):
     "Another name beside: 'pendulum/sac-v0' -> 'pendulum/sac-2-v0'"
@@ -166,12 +170,14 @@ class DatasetWriter(Stage):
         DatasetWriter._live.add(self)
 
     def rebuilt(self, *sources: Any, **changes: Any) -> DatasetWriter:
-        "It writes to a data set of its own, beside: two writers never write into one"
+        "It writes to a data set of its own, beside ('pendulum/sac-2-v0'): two writers never write into one"
+        new = super().rebuilt(*sources, **changes)
         if "dataset" not in changes:
-            taken = {p.folder for p in DatasetWriter._live}
+            taken = {p.folder for p in DatasetWriter._live if p is not new}
             names = (_numbered(self.dataset, i) for i in range(2, 10**6))
-            changes["dataset"] = next(n for n in names if dataset_folder(n) not in taken and not dataset_folder(n).exists())
-        return super().rebuilt(*sources, **changes)
+            new.dataset = next(n for n in names if dataset_folder(n) not in taken and not dataset_folder(n).exists())
+            new.folder = dataset_folder(new.dataset)
+        return new
 
     def on_bind(self, context: Context) -> None:
         if self._book is None and context.observation_space is not None and context.action_space is not None:
@@ -179,7 +185,7 @@ class DatasetWriter(Stage):
             spec = spec_of(steppers[0]) if self.env is None and steppers else self.env
             growing = GrowingDataset(self.dataset, context.observation_space, context.action_space, spec, self.data_format, self.about)
             self._book, self._to_env = _Book(growing), action_map(context.action_space).to_env
-            weakref.finalize(self, self._book.flush).atexit = False  # when nobody has the writer any more
+            weakref.finalize(self, self._book.let_go).atexit = False  # when nobody has the writer any more
             atexit.register(self._book.flush)  # when the process ends, before h5py does: it was imported before
 
     def restart(self) -> None:
@@ -264,7 +270,7 @@ class DatasetWriter(Stage):
             self.flush()
             self._book.growing.join()
             self._closed, self._began = True, False
-            atexit.unregister(self._book.flush)
+            self._book.let_go()
 
     # State
     def get_own(self) -> dict[str, Any]:

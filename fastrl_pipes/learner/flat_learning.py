@@ -16,7 +16,7 @@ from .script import Script, flattens, main_line, source_of
 from ..pipes.core import Pipe
 
 # %% auto #0
-__all__ = ['take_step']
+__all__ = ['gather_lines', 'replay_of', 'take_step']
 
 # %% ../../nbs/learner/07_flat_learning.ipynb #fba6eea6
 def _columns(pipe, script):
@@ -51,21 +51,36 @@ def _replay_writer(pipe, script):
                f"{name}_at, {name}_size = ({name}_at + len(rows)) % len({name}), min({name}_size + len(rows), len({name}))")
 
 
-@flattens("fastrl_pipes.memory.experience_replay.ReplaySampler", "fastrl_pipes.memory.experience_replay.ExperienceReplay")
-def _replay_sampler(pipe, script):
+def gather_lines(
+    pipe: Pipe,  # a sampler
+    script: Script,  # that is written
+) -> list[str]:
+    "The batch at `index`"
+    name, inside, apart = script.replays[id(pipe.memory)]
+    cast = f".to({script.context.dtype})" if str(script.context.dtype) != f"torch.{pipe.memory.float_dtype}" else ""
+    script.item = "batch"
+    return [f"batch = torch.from_numpy({name})[index]{cast}", f"{', '.join(n for n, _ in inside)} = batch.split([{', '.join(str(w) for _, w in inside)}], 1)",
+            "terminated = terminated.bool()", *[f"{field} = torch.from_numpy({name}_{field})[index]" for field, *_ in apart]]
+
+
+def replay_of(
+    pipe: Pipe,  # a sampler
+    script: Script,  # that is written
+) -> str:  # the variable that has its memory
+    "Raises ValueError where nothing in the stack writes that memory"
     if id(pipe.memory) not in getattr(script, "replays", {}):
         raise ValueError(message("flatten", str(pipe), "samples a memory that nothing upstream writes", "a ReplayWriter upstream", "recorded data has no script"))
-    name, inside, apart = script.replays[id(pipe.memory)]
-    rng = script.name("sampler")
+    return script.replays[id(pipe.memory)][0]
+
+
+@flattens("fastrl_pipes.memory.experience_replay.ReplaySampler", "fastrl_pipes.memory.experience_replay.ExperienceReplay")
+def _replay_sampler(pipe, script):
+    name, rng = replay_of(pipe, script), script.name("sampler")
     script.setup(f"{rng} = torch.Generator()" + (f".manual_seed({seed})" if (seed := script.seed("ReplaySampler", str(pipe))) else ""))
     script.title(pipe, f"{pipe.bs} transitions, drawn with replacement; from here on, tensors")
     with script.block(f"if {name}_size < {pipe.least}:"):
         script.add("continue")
-    cast = f".to({script.context.dtype})" if str(script.context.dtype) != f"torch.{pipe.memory.float_dtype}" else ""
-    script.add(f"index = torch.randint({name}_size, ({pipe.bs},), generator={rng})", f"batch = torch.from_numpy({name})[index]{cast}",
-               f"{', '.join(n for n, _ in inside)} = batch.split([{', '.join(str(w) for _, w in inside)}], 1)", "terminated = terminated.bool()",
-               *[f"{field} = torch.from_numpy({name}_{field})[index]" for field, *_ in apart])
-    script.item = "batch"
+    script.add(f"index = torch.randint({name}_size, ({pipe.bs},), generator={rng})", *gather_lines(pipe, script))
 
 # %% ../../nbs/learner/07_flat_learning.ipynb #9413d1c3
 def take_step(

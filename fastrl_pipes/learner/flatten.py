@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,23 @@ def _name_networks(script):
     pipes, wanted, targets = named_pipes(script.learner).values(), {}, {}
     for p in pipes:
         for field, net in p.modules().items():
-            if isinstance(net, nn.Module) and (field not in ("model", "target_model") or id(net) not in wanted):
-                wanted[id(net)] = (net, type(net).__name__.lower() if field in ("model", "target_model") else field)
+            if isinstance(net, nn.Module) and (id(net) not in wanted or _rank(field) > _rank(wanted[id(net)][1])):
+                wanted[id(net)] = (net, field)
         if isinstance(getattr(p, "target_model", None), nn.Module):
             targets[id(p.target_model)] = p.model
-    for i, (net, name) in list(wanted.items()):
+    wanted = {i: (net, name if _rank(name) else type(net).__name__.lower()) for i, (net, name) in wanted.items()}
+    for i, (net, name) in wanted.items():
         if i in targets and not name.startswith("t_"):
             wanted[i] = (net, "t_" + wanted[id(targets[i])][1])
     script.nets = {i: script.name(name, net) for i, (net, name) in wanted.items()}
     script.modules = {script.nets[i]: net for i, (net, _) in wanted.items()}
     script.targets = {script.nets[i]: script.nets[id(net)] for i, net in targets.items()}
-    script.several = {i: False for i in script.nets}
+    script.several, script.replicas = {i: False for i in script.nets}, {i: 0 for i in script.nets}
+
+
+def _rank(field):
+    "Which of several fields names a network: a loss's own, then a loss's target, then `model`"
+    return 0 if field in ("model", "target_model") else 1 if field.startswith("t_") else 2
 
 
 def _construction(name, net, script):
@@ -62,9 +69,8 @@ def _construction(name, net, script):
 def _network_lines(script, seed, weights):
     made = {name: _construction(name, net, script) for name, net in script.modules.items() if name not in script.targets}
     lines = ["# The networks"] + ([f"torch.manual_seed({seed})"] if weights is None else []) + [f"{name} = {text}" for name, text in made.items()]
-    if weights is None:
-        _try(script, lines, list(made))
-    else:
+    _try(script, lines, list(made), weights is None and not script.learner.started)
+    if weights is not None:
         _save(script, list(made), weights)
         script.imports.add("from safetensors.torch import load_file")
         lines += [f"weights = load_file({str(weights)!r})", f"for name, net in {{{', '.join(f'{n!r}: {n}' for n in made)}}}.items():",
@@ -76,15 +82,17 @@ def _network_lines(script, seed, weights):
     return lines
 
 
-def _try(script, lines, names):
-    if script.learner.started:
-        return
+def _try(script, lines, names, values):
     space: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]):
         exec("\n".join(["import torch", "from torch import nn", *sorted(script.imports), *lines]), space)
     for name in names:
-        here, there = script.modules[name].state_dict(), space[name].state_dict()
-        if here.keys() != there.keys() or any(not torch.equal(here[k], there[k]) for k in here):
+        net, made = script.modules[name], space[name]
+        if differs := [(a, b) for a, b in zip_longest(repr(net).splitlines(), repr(made).splitlines()) if a != b]:
+            raise LookupError(message("flatten", name, f"has {(differs[0][0] or 'nothing').strip()}", f"{(differs[0][1] or 'nothing').strip()}, which the script would make",
+                                      f"say how it is made: networks={{'{name}': '{type(net).__name__}(...)'}}"))
+        here, there = net.state_dict(), made.state_dict()
+        if values and (here.keys() != there.keys() or any(not torch.equal(here[k], there[k]) for k in here)):
             raise ValueError(message("flatten", name, "begins at other parameters than the script would make", "the seed with which the networks were made, in this order: " + ", ".join(names),
                                      "or weights='initial.safetensors': the script will load them"))
 
@@ -105,7 +113,7 @@ def flatten(
     networks: dict[str, str] | None = None,  # name of a network -> the expression that makes it, where it cannot be read off
 ) -> str:  # a Python script
     "The stack as one script. Raises LookupError for a pipe without template, ValueError for what no script can say"
-    for module in ("flat_acting", "flat_learning", "flat_hindsight"):  # their templates become known
+    for module in ("flat_networks", "flat_acting", "flat_learning", "flat_losses", "flat_hindsight", "flat_offline", "flat_prioritized"):  # their templates become known
         importlib.import_module(f"fastrl_pipes.learner.{module}")
     if learner.context.device is not None and learner.context.device.type != "cpu":
         raise ValueError(message("flatten", "device", f"is {learner.context.device}", "cpu", "only there is the script equal to the bit"))
@@ -113,8 +121,9 @@ def flatten(
     if seed is None and weights is None and (built is None or "seed" not in built[1]):
         raise ValueError(message("flatten", "seed", "is None", "the seed of the networks, or weights='initial.safetensors'", "only a registered builder, such as ddpg(...), says how its networks were made"))
     script = Script(learner, networks)
+    script.loads = weights is not None
     _name_networks(script)
-    _several_outputs(script)
+    _outputs(script)
     chain = main_line(learner)
     for pipe in chain:
         script.write(pipe)
@@ -122,8 +131,8 @@ def flatten(
     return _assembled(script, lines, learner.batches if updates is None else updates)
 
 
-def _several_outputs(script):
-    "Which networks return a tuple: asked of the batch that the check made"
+def _outputs(script):
+    "Which networks return a tuple, and how many replicas the others have: asked of the batch that the check made"
     inputs = [x for flow in script.flows.values() for x in flow.came if getattr(x, "action", None) is not None and isinstance(x.state, torch.Tensor)]
     for i, name in script.nets.items():
         net = script.modules[name]
@@ -131,11 +140,14 @@ def _several_outputs(script):
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 was = net.training
                 try:
-                    script.several[i] = isinstance(net.eval()(*args), tuple)
+                    out = net.eval()(*args)
                 except (TypeError, RuntimeError):
                     continue
                 finally:
                     net.train(was)
+                script.several[i] = isinstance(out, tuple)
+                first = out[0] if script.several[i] else out
+                script.replicas[i] = len(first) if getattr(first, "ndim", 0) == 3 else 0
                 break
 
 # %% ../../nbs/learner/06_flatten.ipynb #282faa2d

@@ -356,7 +356,7 @@ class LearnerHead(Pipe):
     def close(self) -> None:
         "Close the environments, those of the validation stack too, and what records"
         for pipe in traverse(self) + (traverse(self.valid) if isinstance(self.valid, Pipe) else []):
-            if hasattr(pipe, "close"):
+            if pipe is not self and hasattr(pipe, "close"):
                 pipe.close()
 
 

@@ -171,7 +171,8 @@ def _column(who, field, x):
     "[B] of [B, 1]"
     if type(x) is not np.ndarray:
         x = to_numpy(x)
-    check_shape(who, field, x, ("B", 1))
+    if x.ndim != 2 or x.shape[1] != 1:
+        check_shape(who, field, x, ("B", 1))
     return x[:, 0]
 
 # %% ../../nbs/memory/04_episodes.ipynb #205ac4d8

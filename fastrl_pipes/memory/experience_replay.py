@@ -99,6 +99,7 @@ class ReplayMemory:
         else:
             table = self._table(layout)
             self._views = [table[name] for name in layout.dtype.names]
+            self._deep = all(view.ndim > 1 for view in self._views)
             self.rows = torch.from_numpy(table.view(f"i{layout.word}").reshape(self.max_sz, -1))
         self._getters = leaf_getters(list(layout.dtype.names))
 
@@ -122,6 +123,9 @@ class ReplayMemory:
         try:
             if self._views is None:
                 self._write_to_device(step, n, at)
+            elif n == 1 and self._deep:  # a place costs less than a slice
+                for get, view in zip(self._getters, self._views):
+                    view[at] = get(step)
             elif at + n <= self.max_sz:
                 for get, view in zip(self._getters, self._views):
                     view[at:at + n] = get(step)

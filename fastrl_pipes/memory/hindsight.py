@@ -123,20 +123,29 @@ class HindsightReplay(ExperienceReplay):
         return out.reshape(len(achieved), 1)
 
     # Sampling
+    def restart(self) -> None:
+        super().restart()
+        self._checking = self.k > 0  # until the first batch
+        self._goal: torch.Tensor | None = None  # [B, ...] the other goals: a view of rows that are filled again and again
+
     def forward(self, item: Any) -> tuple:
-        if isinstance(item, SimpleStep) and self.k and self.memory.size <= self.least:
+        if self._checking and isinstance(item, SimpleStep):
             self._check_step(item)
         out = super().forward(item)
         if self.k == 0 or not out or not isinstance(item, SimpleStep):
             return out
+        self._checking = False
         if self._episodes.written != self.memory.written:
             raise ValueError(message(str(self), "memory", f"has {self.memory.written} rows", f"{self._episodes.written}, as its writer has entered", "does somebody else write to it?"))
         places = self._index.cpu().numpy()
         chance = torch.rand((2, self.bs), generator=self._generator, dtype=torch.float64, device=self.memory.device).cpu().numpy()
         env, first, at, last = self._episodes.span(places)
         there = self._episodes.place(env, self._choose(first, at, last, chance[1]))
-        goal = self.memory.gather(torch.from_numpy(there).to(self.memory.device)).next_state["achieved_goal"]
-        return (self._relabelled(out[0], chance[0] * (self.k + 1) < self.k, goal),)
+        if self._goal is None:
+            self._goal_rows = self.memory.rows.new_zeros(self.bs, self.memory.rows.shape[1])
+            self._goal = self.memory.layout.unpack(self._goal_rows).next_state["achieved_goal"]
+        torch.index_select(self.memory.rows, 0, torch.from_numpy(there).to(self.memory.device), out=self._goal_rows)
+        return (self._relabelled(out[0], chance[0] * (self.k + 1) < self.k, self._goal),)
 
     def _relabelled(self, batch, chosen, goal):
         "The batch, with another goal in the chosen rows, and what follows from it"
@@ -145,13 +154,13 @@ class HindsightReplay(ExperienceReplay):
         before, reached = self._as_shown(desired), self._as_shown(achieved)
         wide = mask.reshape(-1, *[1] * (desired.ndim - 1))
         for state in (batch.state, batch.next_state):
-            state["desired_goal"].copy_(torch.where(wide, goal.to(desired), state["desired_goal"]))
+            torch.where(wide, goal.to(desired), state["desired_goal"], out=state["desired_goal"])
         wanted = self._as_shown(batch.state["desired_goal"])
         reward = torch.from_numpy(self._asked("compute_reward", self._reward, reached, wanted)).to(batch.reward)
-        batch.reward.copy_(torch.where(mask, reward, batch.reward))
+        torch.where(mask, reward, batch.reward, out=batch.reward)
         if self._terminated is not None:
             now, then = (torch.from_numpy(self._asked("compute_terminated", self._terminated, reached, g)).to(batch.terminated) for g in (wanted, before))
-            batch.terminated.copy_(torch.where(mask, now | (batch.terminated & ~then), batch.terminated))
+            torch.where(mask, now | (batch.terminated & ~then), batch.terminated, out=batch.terminated)
         return batch
 
     def _as_shown(self, goal):

@@ -166,8 +166,8 @@ class PrioritizedSampler(ReplaySampler):
             raise CheckpointError(message(str(self), "priorities", f"are {shape_of(priorities)}", f"float64 {list(shape)}, finite numbers above zero"))
         if not isinstance(latest, np.ndarray) or latest.dtype != np.int64 or latest.ndim != 2 or len(latest) != 2:
             raise CheckpointError(message(str(self), "latest", f"is {shape_of(latest)}", "int64 [2, environments]"))
-        Fan.set_own(self, state)
         self._rng.bit_generator.state = state["generator"]
+        Fan.set_own(self, state)
         self._batch = None
         self.tree.clear()
         self.tree.fill(0, len(priorities), priorities)

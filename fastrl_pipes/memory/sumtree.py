@@ -91,6 +91,11 @@ class SumTree:
     ) -> None:
         "Change the weights of places that lie side by side; for a caller that has looked at them"
         self.leaves[start:stop] = weight
+        if stop - start == 1:
+            for below, above in self._up:
+                start >>= 1
+                above[start] = below.item(2 * start) + below.item(2 * start + 1)
+            return
         for below, above in self._up if start < stop else ():
             start, stop = start >> 1, (stop + 1) >> 1
             np.add(below[2 * start:2 * stop:2], below[2 * start + 1:2 * stop:2], out=above[start:stop])

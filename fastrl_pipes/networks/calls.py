@@ -39,7 +39,7 @@ def call_model(
     "Call a network on an observation. Raises LookupError where it names a field that the observation lacks"
     if isinstance(state, dict):
         names = argument_names(model)
-        wanted = names[: len(names) - len(more)] if more else names
+        wanted = names[: names.index("action") if "action" in names else len(names) - len(more)] if more else names
         missing = [n for n in wanted if n not in state]
         if missing:
             raise LookupError(message(type(model).__name__, missing[0], "is an argument of forward", f"one of the observation's fields {list(state)}"))

@@ -132,6 +132,7 @@ def check_policy(
     state: Any,  # observation [B, ...] (or a nest): tensors, B at least 2
     action_sz: int,  # A
     scored: bool = False,  # must it score given actions?
+    unit: bool = False,  # must its samples lie in [-1, 1], however large observation and noise?
 ) -> torch.Tensor:  # the sample [B, A]
     "Hold a stochastic policy against its contract, without effect. Raises ValueError, TypeError or LookupError that name the pipe and the argument"
     kind, rows = type(model).__name__, len(next(x for _, x in leaves(state)))
@@ -153,7 +154,24 @@ def check_policy(
                 raise ValueError(message(who, field, f"({kind}) changes the action that it is to score", "the action as it was given"))
             if params and not log_prob.requires_grad:
                 raise ValueError(message(who, field, f"({kind}) scores an action without gradient", "a differentiable log_prob"))
+        alone = _policy_called(who, field, model, map_leaves(lambda x: x[:1], state))
+        for name, x, width in zip(("action", "log_prob", "entropy"), alone, (action_sz, 1, 1)):
+            check_shape(who, f"{field}: {name}", x, (1, width), f"for a batch of one row; does a squeeze() in {kind} drop the batch axis?")
+        if unit:
+            _check_samples(who, field, model, state, out[0].detach())
     return out[0].detach()
+
+
+def _check_samples(who, field, model, state, action):
+    far = map_leaves(lambda x: x * 1e6 if x.is_floating_point() else x, state)
+    for observed, noise in ((state, 10.0), (state, -10.0), (far, 1.0)):
+        try:
+            sample = call_policy(model, observed, noise=torch.full_like(action, noise))[0].detach()
+        except (ValueError, TypeError):
+            return  # it refuses such observations, which is its right
+        if float(sample.abs().nan_to_num().max()) > 1 + 1e-5:
+            raise ValueError(message(who, field, f"({type(model).__name__}) is not bounded: a sample is {float(sample.abs().max()):.3g}", "samples in [-1, 1]",
+                                     "squash them with tanh, and correct the log-probability"))
 
 
 def _policy_called(who, field, model, state, action=None):

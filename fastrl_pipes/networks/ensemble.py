@@ -98,7 +98,7 @@ def first_value(
 ) -> torch.Tensor:  # [B, R]
     "Q of the first replica alone, computed alone where the critic can do so; of a single critic its Q"
     from fastrl_pipes.networks.calls import call_model
-    if isinstance(critic, Critics):
+    if isinstance(critic, Critics) and not isinstance(state, dict):
         return critic(state, action, replica=0)
     q = call_model(critic, state, action)
     return q[0] if q.ndim == 3 else q

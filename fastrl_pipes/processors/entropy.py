@@ -94,7 +94,8 @@ class SoftActorLossProcessor(Draws, LossProcessor):
         return {"grads": grads, "signals": {**told, "policy_log_prob": log_prob.mean(), "policy_gradient": norm}}
 
     def check_networks(self, batch: SimpleStep) -> None:
-        action = check_policy(str(self), "actor", self.actor, batch.state, batch.action.shape[1])
+        in_box = self.context is not None and self.context.action_space is not None
+        action = check_policy(str(self), "actor", self.actor, batch.state, batch.action.shape[1], unit=in_box)
         check_model(str(self), "critic", self.critic, batch.state, action, shape=(len(action), 1), replicas=True)
 
 # %% ../../nbs/processors/04_entropy.ipynb #02dcda6c
@@ -115,9 +116,10 @@ class TemperatureLossProcessor(LossProcessor):
             check_number(str(self), "target_entropy", target_entropy)
         self.temperature, self.target_entropy = temperature, target_entropy
 
-    def loss(self, batch: SimpleStep) -> torch.Tensor:
+    def loss(self, batch: SimpleStep) -> Any:
         target = -batch.action.shape[1] if self.target_entropy is None else self.target_entropy
-        return temperature_loss(self.temperature(), batch.log_prob, target)
+        alpha = self.temperature()
+        return temperature_loss(alpha, batch.log_prob, target), {"signals": {"alpha": alpha}}
 
     def check_networks(self, batch: SimpleStep) -> None:
         if getattr(batch, "log_prob", None) is None:

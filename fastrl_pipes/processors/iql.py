@@ -19,10 +19,11 @@ from ..networks.calls import call_model, call_policy
 from ..networks.contracts import check_model, check_policy
 from ..pipes.core import Context
 from .core import LossProcessor, check_network, check_value
+from .imitation import check_actions
 from .td import TDLossProcessor
 
 # %% auto #0
-__all__ = ['RewardWeights', 'IQLValueLossProcessor', 'IQLCriticLossProcessor', 'IQLActorLossProcessor', 'check_actions']
+__all__ = ['RewardWeights', 'IQLValueLossProcessor', 'IQLCriticLossProcessor', 'IQLActorLossProcessor']
 
 # %% ../../nbs/processors/06_iql.ipynb #48fbab76
 class RewardWeights:
@@ -195,12 +196,3 @@ class IQLActorLossProcessor(LossProcessor):
         check_actions(str(self), batch)
         check_model(str(self), "value", self.value, batch.state, shape=tuple(batch.reward.shape))
         check_policy(str(self), "actor", self.actor, batch.state, batch.action.shape[1], scored=True)
-
-
-def check_actions(
-    who: str,  # who complains
-    batch: SimpleStep,  # with action [B, A]
-) -> None:
-    "Refuse actions that are choices: a Gaussian cannot score them. Raises TypeError"
-    if not batch.action.is_floating_point():
-        raise TypeError(message(who, "action", f"is {shape_of(batch.action)}", "numbers in [-1, 1], of a Box", "for discrete actions take a learner of the DQN family"))
