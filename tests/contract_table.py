@@ -22,7 +22,8 @@ import torch
 from gymnasium import spaces
 from torch import nn
 
-from fastrl_pipes.agents.core import ActionClip, ActionScaler, ActionUnbatcher, AgentHead, NumpyConverter, SimpleModelRunner, StepFieldSelector
+from fastrl_pipes.agents.core import ActionClip, ActionScaler, ActionUnbatcher, AgentHead, NumpyConverter, PolicyRunner, SimpleModelRunner, StepFieldSelector
+from fastrl_pipes.agents.td3 import SmoothedCriticLossProcessor
 from fastrl_pipes.core import MergedStep, SampledStep, SimpleStep, copied, leaves, take_rows, to_tensor
 from fastrl_pipes.envs.debug import Goal
 from fastrl_pipes.envs.doubles import CountingVector
@@ -42,7 +43,10 @@ from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayMemory
 from fastrl_pipes.memory.hindsight import HindsightReplay
 from fastrl_pipes.memory.offline import MixedReplay, OfflineReplay
 from fastrl_pipes.memory.prioritized import PrioritizedReplay, PrioritizedSampler
+from fastrl_pipes.networks.ensemble import Critics
+from fastrl_pipes.networks.policies import GaussianActor
 from fastrl_pipes.networks.targets import target_of
+from fastrl_pipes.networks.temperature import Temperature
 from fastrl_pipes.pipes.batch import StepBatcher
 from fastrl_pipes.pipes.control import Every, Inlet, Repeat, Take
 from fastrl_pipes.pipes.core import BaseNode, Context, Fan, Foreign, IterableSource, Pipe, Stage, bind
@@ -53,7 +57,9 @@ from fastrl_pipes.processors.core import LossProcessor
 from fastrl_pipes.agents.hddpg import HystereticCriticLossProcessor
 from fastrl_pipes.loggers.signals import SignalCollector
 from fastrl_pipes.processors.dpg import ActorLossProcessor, CriticLossProcessor
+from fastrl_pipes.processors.entropy import SoftActorLossProcessor, SoftCriticLossProcessor, TemperatureLossProcessor
 from fastrl_pipes.processors.targets import SoftTargetUpdater
+from fastrl_pipes.processors.td import TDLossProcessor
 
 S, A, ROWS, BS = 3, 2, 2, 4  # sizes that are all different, environments apart
 SEED = 5
@@ -215,6 +221,12 @@ def batches(n: int = 6) -> list[SimpleStep]:
     return made
 
 
+def scored(n: int = 6) -> list[SampledStep]:
+    "Batches as a prioritised replay has them, on which a policy has said its log-probability"
+    g = torch.Generator().manual_seed(8)
+    return [SampledStep.of(b, weight=torch.rand(BS, 1, generator=g), index=torch.arange(BS) + i, log_prob=torch.randn(BS, 1, generator=g)) for i, b in enumerate(batches(n))]
+
+
 def losses_and_batches(parts: SimpleNamespace, n: int = 5) -> list:
     "A loss of the critic, a loss of the actor, a loss of nobody in particular, and their batch"
     items: list = []
@@ -258,15 +270,27 @@ class Value(nn.Module):
         return self.layer(torch.cat((self.norm(state), action), 1))
 
 
+class NormedPolicy(GaussianActor):
+    "A stochastic policy with batch norm"
+
+    def __init__(self):
+        super().__init__(S, A, (8,))
+        self.norm = nn.BatchNorm1d(S)
+
+    def forward(self, state, action=None, noise=None):
+        return super().forward(self.norm(state), action, noise)
+
+
 def networks() -> SimpleNamespace:
-    "Small networks with batch norm, the same ones at each call"
+    "Small networks, most of them with batch norm, the same ones at each call"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         actor, critic = Policy(), Value()
-    t_actor, t_critic = target_of(actor), target_of(critic)
-    for t in (*t_actor.parameters(), *t_critic.parameters()):
+        policy, twins, temperature = NormedPolicy(), Critics(S, A, 2, (8,)), Temperature(0.3)
+    t_actor, t_critic, t_twins = target_of(actor), target_of(critic), target_of(twins)
+    for t in (*t_actor.parameters(), *t_critic.parameters(), *t_twins.parameters()):
         t.data += 0.3  # they have a way to go
-    return SimpleNamespace(actor=actor, critic=critic, t_actor=t_actor, t_critic=t_critic)
+    return SimpleNamespace(actor=actor, critic=critic, t_actor=t_actor, t_critic=t_critic, policy=policy, twins=twins, t_twins=t_twins, temperature=temperature)
 
 
 class Plain(nn.Module):
@@ -415,7 +439,7 @@ def _pursuer(noise: bool = True) -> AgentHead:
     return _agent(chain) if noise else AgentHead(ActionScaler(ActionClip(chain)))
 
 
-ABSTRACT = {Pipe, Stage, Fan, Exploration, LossProcessor}  # bases: nobody puts them into a stack
+ABSTRACT = {Pipe, Stage, Fan, Exploration, LossProcessor, TDLossProcessor}  # bases: nobody puts them into a stack
 
 TABLE: dict[type, dict[str, Entry]] = {
     IterableSource: {"stateful": entry(IterableSource, pulls=lambda k: k),
@@ -476,6 +500,10 @@ TABLE: dict[type, dict[str, Entry]] = {
     SimpleModelRunner: {"numpy": learning(lambda s, p: SimpleModelRunner(s, p.actor), lambda p: to_act_on()),
                         "torch": learning(lambda s, p: SimpleModelRunner(s, p.actor), lambda p: as_torch(to_act_on())),
                         "bare": learning(lambda s, p: SimpleModelRunner(s, p.actor), lambda p: [x.state for x in to_act_on()])},
+    PolicyRunner: {"numpy": learning(lambda s, p: PolicyRunner(s, p.policy), lambda p: to_act_on(), context={"action_space": BOX}),
+                   "torch": learning(lambda s, p: PolicyRunner(s, p.policy), lambda p: as_torch(to_act_on())),
+                   "mode": learning(lambda s, p: PolicyRunner(s, p.policy, deterministic=True), lambda p: to_act_on()),
+                   "bare": learning(lambda s, p: PolicyRunner(s, p.policy), lambda p: [x.state for x in to_act_on()])},
     ActionClip: {"steps": entry(lambda s: ActionClip(s, -0.5, 0.5), acted), "tensors": entry(ActionClip, lambda: as_torch(actions()))},
     ActionUnbatcher: {"": entry(ActionUnbatcher, lambda: acted(rows=1)), "bare": entry(ActionUnbatcher, lambda: [a[:1] for a in actions()])},
     StepFieldSelector: {"": entry(lambda s: StepFieldSelector(s, "action"), acted),
@@ -488,6 +516,17 @@ TABLE: dict[type, dict[str, Entry]] = {
                           "nsteps": learning(lambda s, p: CriticLossProcessor(s, p.critic, p.t_actor, p.t_critic, nsteps=3, loss=nn.SmoothL1Loss))},
     ActorLossProcessor: {"": learning(lambda s, p: ActorLossProcessor(s, p.critic, p.actor)),
                          "clipped": learning(lambda s, p: ActorLossProcessor(s, p.critic, p.actor, 0.01))},
+    SmoothedCriticLossProcessor: {"": learning(lambda s, p: SmoothedCriticLossProcessor(s, p.twins, p.t_actor, p.t_twins)),
+                                  "single": learning(lambda s, p: SmoothedCriticLossProcessor(s, p.critic, p.t_actor, p.t_critic)),
+                                  "weighted": learning(lambda s, p: SmoothedCriticLossProcessor(s, p.twins, p.t_actor, p.t_twins), lambda p: scored())},
+    SoftCriticLossProcessor: {"": learning(lambda s, p: SoftCriticLossProcessor(s, p.twins, p.policy, p.temperature, p.t_twins)),
+                              "single": learning(lambda s, p: SoftCriticLossProcessor(s, p.critic, p.policy, p.temperature, p.t_critic)),
+                              "weighted": learning(lambda s, p: SoftCriticLossProcessor(s, p.twins, p.policy, p.temperature, p.t_twins), lambda p: scored())},
+    SoftActorLossProcessor: {"": learning(lambda s, p: SoftActorLossProcessor(s, p.twins, p.policy, p.temperature)),
+                             "single": learning(lambda s, p: SoftActorLossProcessor(s, p.critic, p.policy, p.temperature)),
+                             "signals": learning(lambda s, p: SoftActorLossProcessor(s, p.twins, p.policy, p.temperature, signals=True))},
+    TemperatureLossProcessor: {"": learning(lambda s, p: TemperatureLossProcessor(s, p.temperature), lambda p: scored()),
+                               "given": learning(lambda s, p: TemperatureLossProcessor(s, p.temperature, -0.5), lambda p: scored())},
     BasicOptStepper: {"": learning(lambda s, p: BasicOptStepper(s, p.critic, 1e-2), losses_and_batches,
                                    foreign=lambda p: [{"loss": torch.ones(()), "model": p.actor}]),
                       "filters": learning(lambda s, p: BasicOptStepper(s, p.critic, 1e-2, filter=True), losses_and_batches),

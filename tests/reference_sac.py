@@ -44,12 +44,12 @@ class LogAlpha(nn.Module):
 class PlainSAC:
     "The networks, the critics' targets, the optimizers; `update` is the gradient step of the box"
 
-    def __init__(self, policy, critics, target_noise=None, policy_noise=None, alpha=None, target_entropy=None, discount=0.99, nsteps=1,
+    def __init__(self, policy, critics, target_noise=None, policy_noise=None, alpha=None, initial_alpha=1.0, target_entropy=None, discount=0.99, nsteps=1,
                  tau=0.005, actor_lr=3e-4, critic_lr=3e-4, alpha_lr=3e-4, eps=1e-8, half=False):
         self.policy, self.critics = policy, nn.ModuleList(critics)
         self.t_critics = copy.deepcopy(self.critics)
         self.learned, self.target_entropy = alpha is None, target_entropy
-        self.temperature = LogAlpha(1.0 if alpha is None else alpha, next(policy.parameters()).dtype)
+        self.temperature = LogAlpha(initial_alpha if alpha is None else alpha, next(policy.parameters()).dtype)
         self.policy_opt, self.critic_opt = plain_adam(policy, actor_lr, eps), plain_adam(self.critics, critic_lr, eps / 2 if half else eps)
         self.alpha_opt = plain_adam(self.temperature, alpha_lr, 1e-8)
         self.target_noise, self.policy_noise = target_noise, policy_noise

@@ -25,6 +25,7 @@ minari = pytest.importorskip("minari")
 from minari.data_collector import EpisodeBuffer  # noqa: E402
 
 import fastrl_pipes.memory.dataset as reading  # noqa: E402
+import fastrl_pipes.memory.growing as growing_dataset  # noqa: E402
 from fastrl_pipes.agents.core import ActionClip, ActionScaler, AgentHead, SimpleModelRunner  # noqa: E402
 from fastrl_pipes.agents.ddpg import DDPGAgent, DDPGLearner  # noqa: E402
 from fastrl_pipes.core import SimpleStep, copied, leaves, map_leaves  # noqa: E402
@@ -45,7 +46,8 @@ from fastrl_pipes.memory.offline import MixedReplay, OfflineReplay  # noqa: E402
 from fastrl_pipes.networks.actor_critic import Actor, Critic  # noqa: E402
 from fastrl_pipes.networks.targets import target_of  # noqa: E402
 from fastrl_pipes.pipes.control import Inlet  # noqa: E402
-from fastrl_pipes.pipes.core import Context, Stage, bind, snapshot  # noqa: E402
+from fastrl_pipes.pipes.core import Context, Stage, bind, named_modules, snapshot, traverse  # noqa: E402
+from fastrl_pipes.pipes.graph import find_pipe  # noqa: E402
 from fastrl_pipes.pipes.nstep import FirstLastMerger, NSkipper, NStepper  # noqa: E402
 from fastrl_pipes.processors.dpg import ActorLossProcessor, CriticLossProcessor  # noqa: E402
 from fastrl_pipes.processors.targets import SoftTargetUpdater  # noqa: E402
@@ -59,6 +61,7 @@ def home(tmp_path, monkeypatch):
     "Data sets live in a folder of the test's own, and nobody's home is touched"
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
+    monkeypatch.setattr(growing_dataset, "_sync", lambda path: None)  # a power cut is not tested, and waiting for the disk takes most of the time
     yield tmp_path / "datasets"
     assert not (tmp_path / "home").exists()
 
@@ -71,7 +74,7 @@ def sampled(space, rows, rng):
     if isinstance(space, spaces.Tuple):
         return tuple(sampled(s, rows, rng) for s in space)
     if isinstance(space, spaces.Box):
-        low, high = np.maximum(space.low, -5), np.minimum(space.high, 5 if space.dtype.kind == "f" else 255)
+        low, high = np.where(np.isfinite(space.low), space.low, -5), np.where(np.isfinite(space.high), space.high, 5)
         return rng.uniform(low, high, (rows, *space.shape)).astype(space.dtype)
     if isinstance(space, spaces.MultiBinary):
         return rng.integers(0, 2, (rows, *space.shape)).astype(np.int8)
@@ -133,13 +136,17 @@ def test_reads_observations_of_every_space(form, space):
     data, box = data_of(observation_space=space, form=form), spaces.Box(-2, 2, (2,))
     for i, (step, e) in enumerate(zip(Episodes(data), buffers(space, box, (4, 1, 6, 5)))):
         assert len(step.reward) == len(e.rewards) and (step.episode_n == i).all() and step.step_n[:, 0].tolist() == list(range(1, len(e.rewards) + 1))
-        assert not difference(step.state, map_leaves(lambda a: a[:-1], e.observations)) and not difference(step.next_state, map_leaves(lambda a: a[1:], e.observations))
+        for field, rows in (("state", slice(0, -1)), ("next_state", slice(1, None))):
+            assert not difference(dict(sorted(leaves(getattr(step, field)))), dict(sorted(leaves(map_leaves(lambda a: a[rows], e.observations)))))
         assert not difference(step.reward[:, 0], e.rewards) and not difference(step.total_reward[:, 0], np.cumsum(e.rewards, dtype=np.float64))
         assert not difference(step.terminated[:, 0], e.terminations)
     memory = memory_from_dataset(data)
     assert memory.size == 16 and {path.split(".")[0] for path, *_ in memory.layout.columns} == {"state", "next_state", "action", "reward", "terminated", "truncated"}
     batch = memory.gather(torch.arange(16))
-    assert [p for p, _ in leaves(batch.state)] == [p for p, _ in leaves(next(iter(Episodes(data))).state)]
+    kept, step = dict(leaves(batch.state)), Episodes(data)[0]
+    for path, a in leaves(step.state):
+        assert not difference(kept.pop(path)[:4].numpy(), a.astype(np.float32) if a.dtype.kind == "f" else a)
+    assert not kept
     assert all(a.dtype == torch.float32 for _, a in leaves(batch) if a.is_floating_point())
 
 
@@ -254,7 +261,7 @@ def test_a_long_episode_is_not_cut_silently():
         growing = GrowingDataset(f"long/{form}-v0", box, box, None, form)
         growing.add([e])
     assert memory_from_dataset("long/hdf5-v0").size == T
-    with pytest.raises(ValueError, match="field 'rewards' has 13107. steps, expected 140000"):
+    with pytest.raises(ValueError, match=r"field 'rewards' has \d+ steps, expected 140000"):
         memory_from_dataset("long/arrow-v0")
 
 
@@ -300,13 +307,14 @@ def test_without_a_network_it_says_so_at_once(home, monkeypatch, how):
     def connect(address, timeout=None):
         if how == "refused":
             raise socket.gaierror(-2, "Name or service not known")
-        time.sleep(20)
+        time.sleep(2)
+        raise TimeoutError
     monkeypatch.setattr(socket, "create_connection", connect)
     monkeypatch.setattr(reading, "PATIENCE", 0.3)
     start = time.perf_counter()
     with pytest.raises(LookupError) as e:
         open_dataset("D4RL/pen/human-v2", download=True)
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 1.5
     reason = "Name or service not known" if how == "refused" else "did not answer within 0.3 seconds"
     assert all(word in str(e.value) for word in ("D4RL/pen/human-v2", str(home / "D4RL/pen/human-v2"), "hf://farama-minari", "huggingface.co", reason, "DatasetWriter"))
 
@@ -338,12 +346,8 @@ def test_a_damaged_data_set(home):
 
 
 # --- writing and reading back ----------------------------------------------------------------------------------------
-class Vectored(gymnasium.vector.VectorEnv):
-    pass
-
-
 ROUND = {"pendulum": ("Pendulum-v1", 1), "rows": ("Pendulum-v1", 3), "wide box": (WideBox, 2), "dict": (partial(Nested, kind="dict"), 2), "tuple": (partial(Nested, kind="tuple"), 1),
-         "next-step resets": (CountingVector(3), 1), "same-step resets": (lambda: CountingVector(2, "SameStep"), 1), "discrete": ("CartPole-v1", 2)}
+         "next-step resets": (lambda: CountingVector(3), 1), "same-step resets": (lambda: CountingVector(2, "SameStep"), 1), "discrete": ("CartPole-v1", 2)}
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -351,11 +355,8 @@ ROUND = {"pendulum": ("Pendulum-v1", 1), "rows": ("Pendulum-v1", 3), "wide box":
 def test_what_is_written_is_what_is_read(form, case):
     "Every transition of a running stack, to the bit; the policy's units to rounding where the box has other bounds than -1 and 1"
     env, n = ROUND[case]
-    if case == "next-step resets":
-        env = CountingVector(3)
-    elif case == "same-step resets":
-        env = env()
-    steps, data = recorded(f"round/{form}-v0", 230, env, n, data_format=form)
+    env = env() if case.endswith("resets") else env
+    steps, data = recorded(f"round/{form}-v0", {"Pendulum-v1": 230, "CartPole-v1": 60}.get(env, 40), env, n, data_format=form)
     episodes, expected = list(Episodes(data)), by_environment(steps)
     assert len(episodes) == len(expected) and data.total_steps == sum(len(s.reward) for s in steps)
     for i, (step, parts) in enumerate(zip(episodes, expected)):
@@ -561,8 +562,6 @@ def test_the_end_of_a_fit_and_the_learner_write(home):
     assert len(open_dataset("goal/fit-v0")) == 3, "37 steps"
     learner.close()
     assert [len(e) for e in open_dataset("goal/fit-v0")] == [10, 10, 10, 7]
-    replay = next(p for p in [learner.source] + list(learner.source.sources) if True) and learner
-    assert replay is learner
 
 
 # --- crashes ---------------------------------------------------------------------------------------------------------
@@ -671,7 +670,7 @@ def test_an_offline_learner_fits_validates_and_acts():
 
 def test_what_is_wrong_is_said_before_the_first_batch():
     recorded(steps=200)
-    with pytest.raises(TypeError, match="observation_space of the environment to validate in is"):
+    with pytest.raises(TypeError, match="'observation_space' of the environment to validate in is"):
         learner_on(OfflineReplay("goal/random-v0", 32), valid=validating("Pendulum-v1"))
     with pytest.raises(ValueError, match=r"bs.* is 256.*max_sz=200"):
         OfflineReplay("goal/random-v0")
@@ -686,7 +685,7 @@ def test_what_is_wrong_is_said_before_the_first_batch():
 
 
 def parameters_of(learner):
-    return {k: copied(m.state_dict()) for k, m in __import__("fastrl_pipes.pipes.core", fromlist=["named_modules"]).named_modules(learner).items() if isinstance(m, torch.nn.Module)}
+    return {k: copied(m.state_dict()) for k, m in named_modules(learner).items() if isinstance(m, torch.nn.Module)}
 
 
 @pytest.mark.parametrize("source", ["name", "memory", "merged"])
@@ -817,7 +816,8 @@ def test_a_mixed_learner_resumes_to_the_bit(tmp_path):
     learner = made()
     learner.fit(1)
     learner.save(tmp_path / "checkpoint")
-    assert sum(p.stat().st_size for p in (tmp_path / "checkpoint").glob("rows-*")) == len(learner.source.source.source.source.memory) * 32, "online rows alone"
+    memory = find_pipe(learner, MixedReplay).memory
+    assert sum(p.stat().st_size for p in (tmp_path / "checkpoint").glob("rows-*")) == len(memory) * memory.layout.itemsize, "online rows alone"
     learner.fit(1)
     other = made()
     other.load(tmp_path / "checkpoint")
@@ -842,15 +842,35 @@ def test_data_of_another_kind_is_refused_before_the_first_step():
         mixed(data=memory, memory=memory)
 
 
+def test_an_environment_whose_keys_are_not_sorted():
+    "The data has them sorted, so that its rows are packed in another order"
+    class Unsorted(Counting):
+        def __init__(self):
+            super().__init__()
+            self.observation_space = spaces.Dict(z=self.observation_space, a=spaces.Box(-2.0**24, 0, (1,)))
+
+        def _show(self):
+            count = super()._show()
+            return {"z": count, "a": -count}
+    _, data = recorded("unsorted/x-v0", 60, Unsorted)
+    assert list(data.observation_space) == ["a", "z"] and list(Unsorted().observation_space) == ["z", "a"]
+    for dtype in (torch.float32, torch.float64):
+        pipe = MixedReplay(GymStepper(partial(Unsorted), seed=1), data, 0.5, 16, 100)
+        bind(pipe, Context(dtype=dtype))
+        for _ in range(30):
+            batch = next(pipe)
+            assert torch.equal(batch.state["a"], -batch.state["z"]) and torch.equal(batch.next_state["z"], batch.state["z"] + 1) and torch.equal(batch.reward, batch.next_state["z"])
+        assert batch.state["z"].min() >= 0 and pipe.memory.layout != pipe.data.layout
+
+
 def test_swapping_one_pipe_is_enough():
     "From a plain replay to a mixed one, with the networks as they are"
     recorded(steps=200)
     torch.manual_seed(0)
     actor, critic = Actor(2, 1, 8, 8), Critic(2, 1, 8, 8)
     learner = DDPGLearner(actor, critic, GymStepper(GOAL, DDPGAgent(actor), seed=0), [], bs=8, batches=30)
-    from fastrl_pipes.pipes.graph import find_pipe
     plain = find_pipe(learner, ExperienceReplay)
-    above = next(p for p in __import__("fastrl_pipes.pipes.core", fromlist=["traverse"]).traverse(learner) if p.source is plain)
+    above = next(p for p in traverse(learner) if p.source is plain)
     above.stand_on(MixedReplay(plain.source.source, "goal/random-v0", 0.5, 8, 500))
     bind(learner, learner.context)
     learner.fit(1)
@@ -910,6 +930,7 @@ def test_the_data_of_another_run_is_not_cut(tmp_path):
     learner.fit(2)
     learner.save(tmp_path / "checkpoint")
     (tmp_path / "data").rename(tmp_path / "first")
+    writer._began = False  # as in a process that has ended
     steps, data = recorded(tmp_path / "data", 100, seed=8)
     other, _ = recording_learner(tmp_path / "data")
     with pytest.raises(CheckpointError, match="which another run has written"):
@@ -960,7 +981,8 @@ def test_a_script_learns_the_same_to_the_bit(kind, tmp_path):
     sizes = (1, 2) if kind == "offline, wide" else (3, 1)
     recorded("script/data-v0", 300, env)
     torch.manual_seed(3)
-    critic, actor = Critic(*sizes, 16, 16), Actor(*sizes, 16, 16)
+    nets = [Actor, Critic] if kind in ("mixed", "recording") else [Critic, Actor]  # in the order in which the stack has them
+    actor, critic = sorted((net(*sizes, 16, 16) for net in nets), key=lambda net: type(net).__name__)
     t_actor, t_critic = target_of(actor), target_of(critic)
     stepper = GymStepper(env, DDPGAgent(actor), seed=5)
     pipe = {"mixed": lambda: MixedReplay(stepper, "script/data-v0", 0.25, 32, 200), "recording": lambda: ExperienceReplay(DatasetWriter(stepper, "script/new-v0"), 32, 200)}.get(
@@ -998,8 +1020,8 @@ def test_the_warnings_that_come_are_ours():
         data.recover_environment()
 
 
-def test_nothing_is_left_behind_by_a_check(home):
+def test_nothing_is_left_behind_by_a_check(tmp_path):
     "A learner that is made and not used writes nothing"
-    learner, writer = recording_learner(home / "unused")
+    learner, writer = recording_learner(tmp_path / "unused")
     learner.check()
     assert not Path(writer.folder).exists()

@@ -275,7 +275,7 @@ def of_parts():
 
 @pytest.mark.parametrize("build, settings, error, words", [
     (partial(on, "Pendulum-v1"), {}, ValueError, ["'seed' is None", "weights='initial.safetensors'", "ddpg(...)"]),
-    (partial(on, "Pendulum-v1"), dict(seed=8), ValueError, ["'actor' begins at other parameters", "weights="]),
+    (partial(on, "Pendulum-v1"), dict(seed=8), ValueError, ["'actor and critic' begin at other parameters", "weights="]),
     (lambda: on(gymnasium.make("Pendulum-v1")), dict(seed=3), ValueError, ["'envs'", "live", "factory"]),
     (lambda: on(lambda: gymnasium.make("Pendulum-v1")), dict(seed=3), ValueError, ["'envs'", "lambda", "imported"]),
     (of_parts, dict(seed=3), LookupError, ["'actor'", "networks="]),

@@ -4,14 +4,17 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from safetensors.torch import load_file
 from torch import nn
 
 from fastrl_pipes.agents.core import ActionClip, ActionScaler, AgentHead, PolicyRunner
 from fastrl_pipes.agents.ddpg import DDPGAgent, DDPGLearner
 from fastrl_pipes.agents.hddpg import HDDPGAgent, HDDPGLearner, hddpg
+from fastrl_pipes.agents.iql import IQLAgent, IQLLearner
 from fastrl_pipes.agents.sac import SACAgent, SACLearner, sac
 from fastrl_pipes.agents.sacv import sacv
 from fastrl_pipes.agents.td3 import TD3Agent, TD3Learner, td3
@@ -21,11 +24,14 @@ from fastrl_pipes.envs.debug import Goal
 from fastrl_pipes.envs.stepper import GymStepper
 from fastrl_pipes.learner.flatten import flatten
 from fastrl_pipes.learner.head import LearnerHead
+from fastrl_pipes.learner.joint import JointOptStepper
 from fastrl_pipes.learner.optimizers import BasicOptStepper
 from fastrl_pipes.learner.script import TEMPLATES, flattens
 from fastrl_pipes.memory.experience_replay import ExperienceReplay
+from fastrl_pipes.memory.dataset import memory_from_dataset
+from fastrl_pipes.memory.offline import OfflineReplay
 from fastrl_pipes.networks.actor_critic import Actor, Critic
-from fastrl_pipes.networks.ensemble import Critics
+from fastrl_pipes.networks.ensemble import Critics, Value
 from fastrl_pipes.networks.initializers import init_uniform_weights, keep_weights
 from fastrl_pipes.networks.policies import GaussianActor
 from fastrl_pipes.networks.targets import target_of
@@ -34,6 +40,7 @@ from fastrl_pipes.pipes.control import Every, Inlet
 from fastrl_pipes.pipes.core import Context, Stage
 from fastrl_pipes.pipes.graph import find_pipes
 from fastrl_pipes.processors.entropy import SoftActorLossProcessor, SoftCriticLossProcessor, TemperatureLossProcessor
+from fastrl_pipes.processors.imitation import CloningLossProcessor
 from fastrl_pipes.processors.targets import SoftTargetUpdater
 
 UPDATES = 150
@@ -83,6 +90,22 @@ def delayed_soft_policy():
     return LearnerHead(SoftTargetUpdater(pipe, critic, 1, 0.01, t_critic, name="critic_target"), batches=10)
 
 
+def iql_of(r=1, dls=None, dtype=torch.float32, k=2, **more):
+    "Acts and learns from what it meets; from recorded data where `dls` gives batches"
+    torch.manual_seed(3)
+    sizes = (3, 1) if dls is None else (3, 2)
+    actor = GaussianActor(*sizes, hidden=(24, 16), squash=False, log_std_bounds=(-5.0, 2.0), free_std=True).to(dtype)
+    critic, value = Critics(*sizes, k=k, hidden=(24, 16), reward_sz=r).to(dtype), Value(3, hidden=(24, 16), reward_sz=r).to(dtype)
+    dls = GymStepper("Pendulum-v1", IQLAgent(actor, 0.1), seed=5) if dls is None else dls
+    more = more if isinstance(dls, OfflineReplay) else {"replay": lambda pipe: ExperienceReplay(pipe, 32, 300), **more}
+    return IQLLearner(actor, critic, value, dls, [], **more)
+
+
+def cloning(actor):
+    pipe = ExperienceReplay(GymStepper("Pendulum-v1", seed=1), 32, 300)
+    return LearnerHead(BasicOptStepper(CloningLossProcessor(pipe, actor), actor, 1e-3, name="actor_opt"), batches=10)
+
+
 LEARNERS = {
     "TD3": (partial(td3, seed=2, **SMALL), {}),
     "SAC": (partial(sac, seed=2, **SMALL), {}),
@@ -95,6 +118,11 @@ LEARNERS = {
     "SAC, three critics, two environments, two batches a step": (partial(sac, "fastrl/Goal-v0", n=2, critics=3, mode="sync", repeat=2, **SMALL), {}),
     "SAC in float64, three steps": (lambda: sac_of(nets=soft(dtype=torch.float64), nsteps=3), dict(seed=3)),
     "SAC with V, three steps, without signals": (partial(sacv, nsteps=3, signals=False, **SMALL), {}),
+    "IQL": (iql_of, dict(seed=3)),
+    "IQL, three steps, one optimizer, a single replica, signals": (partial(iql_of, nsteps=3, joint=True, k=1, signals=True, temperature=0.3, max_exp_advantage=2.0), dict(seed=3)),
+    "IQL in float64, three critics, copied targets": (partial(iql_of, dtype=torch.float64, k=3, target_update_tau=1.0, target_update_period=5), dict(seed=3)),
+    "cloning of a stochastic policy": (lambda: cloning(soft()[0]), dict(seed=3)),
+    "cloning of a deterministic policy": (lambda: cloning((torch.manual_seed(3), Actor(3, 1, 24, 16))[1]), dict(seed=3)),
     "DDPG of two critics": (ensemble_in_ddpg, dict(seed=3)),
     "a delayed soft policy": (delayed_soft_policy, dict(seed=3)),
 }
@@ -104,7 +132,8 @@ ALONE = ["SAC"]  # run in a process of its own
 def parameters(learner):
     "Every network under the name that the script gives it"
     opts, targets = find_pipes(learner, BasicOptStepper), find_pipes(learner, SoftTargetUpdater)
-    named = {{"alpha_opt": "temperature"}.get(str(p), str(p).removesuffix("_opt")): p.model for p in opts}
+    named = {{"alpha_opt": "temperature"}.get(str(p), str(p).removesuffix("_opt")): p.model for p in opts if not isinstance(p, JointOptStepper)}
+    named |= {n: m for p in find_pipes(learner, JointOptStepper) for n, m in zip(("value", "critic", "actor"), p.models)}
     named |= {"t_" + str(p).removesuffix("_target"): p.target_model for p in targets}
     return {f"{n}.{k}": v for n, net in named.items() for k, v in net.state_dict().items()}
 
@@ -220,6 +249,7 @@ def hysteretic(replay):
     ("one critic, float64", lambda: sac_of(nets=soft(single=True, dtype=torch.float64), replay=weighted_replay), 3),
     ("smoothed", lambda: td3_of(replay=weighted_replay), 3),
     ("hysteretic", lambda: hysteretic(replay=weighted_replay), 3),
+    ("IQL", lambda: iql_of(replay=lambda pipe: weighted_replay(pipe, 32, 300)), 3),
 ], ids=lambda x: x if isinstance(x, str) else "")
 def test_weighted_samples_and_reports_of_their_errors(kind, build, seed, monkeypatch):
     learner = build()
@@ -242,6 +272,33 @@ def test_weighted_samples_and_reports_of_their_errors(kind, build, seed, monkeyp
     assert len(errors) == len(space["errors"]) == 50
     for (i, e), (j, f) in zip(errors, space["errors"]):
         assert torch.equal(i, j) and torch.equal(e, f) and e.shape == (32,) and e.max() > 0
+
+
+def test_without_a_listener_there_are_no_reports(monkeypatch):
+    "IQL may keep its errors to itself; samples still have weights"
+    learner = iql_of(replay=lambda pipe: weighted_replay(pipe, 32, 300), calculate_priority=False)
+    monkeypatch.setattr("fastrl_pipes.learner.script.TEMPLATES", dict(TEMPLATES))
+    flattens(Weighted)(weighted_lines)
+    text = flatten(learner, seed=3)
+    assert "heard(" not in text.split("def train")[1] and "* weight).mean()" in text
+    check(learner, text, updates=20)
+
+
+# --- recorded data ---------------------------------------------------------------------------------------------------
+def test_vector_rewards_from_recorded_data(tmp_path, monkeypatch):
+    "Two gains and a cost"
+    minari = pytest.importorskip("minari")
+    from fastrl_pipes.memory.growing import GrowingDataset
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path/"datasets"))
+    rng, box, actions = np.random.default_rng(0), spaces.Box(-1, 1, (3,)), spaces.Box(-2, 2, (2,))
+    growing = GrowingDataset("some/data-v0", box, actions, None, "hdf5", None)
+    growing.add([minari.data_collector.EpisodeBuffer(observations=rng.uniform(-1, 1, (t + 1, 3)).astype(np.float32), actions=rng.uniform(-2, 2, (t, 2)).astype(np.float32),
+                                                     rewards=rng.standard_normal((t, 3)).astype(np.float32), terminations=np.arange(t) == t - 1, truncations=np.zeros(t, bool)) for t in (9, 30, 21)])
+    for more in ({}, dict(joint=True, signals=True)):
+        learner = iql_of(3, OfflineReplay(memory_from_dataset("some/data-v0"), 32, 1), reward_weights=(1.0, -0.5, 2.0), **more)
+        text = flatten(learner, seed=3)
+        assert "worth = torch.tensor([1.0, -0.5, 2.0])" in text and "sign = torch.tensor([1.0, -1.0, 1.0])" in text and text.count("torch.tensor([") == 2
+        check(learner, text, updates=60)
 
 
 # --- readable --------------------------------------------------------------------------------------------------------

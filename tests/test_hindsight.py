@@ -89,7 +89,7 @@ EXPECTED = {  # step -> goals that it may be given, of an episode of four steps 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("k", [1, 4, 0])
 def test_a_hand_made_episode(strategy, k):
-    replay = hindsight(playing(4, [[4]]), bs=4, max_sz=4, k=k, strategy=strategy, repeat=3000)
+    replay = hindsight(playing(4, [[4]]), bs=4, max_sz=4, k=k, strategy=strategy, repeat=600)
     counts = {t: {} for t in range(4)}
     for batch in replay:
         for t, goal, goal_after, reward in zip(batch.action[:, 0].int().tolist(), batch.state["desired_goal"][:, 0].tolist(), batch.next_state["desired_goal"][:, 0].tolist(),

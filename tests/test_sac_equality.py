@@ -152,7 +152,7 @@ def test_the_temperature_follows_the_entropy_it_aims_at():
 
 @BOTH
 def test_merged_samples_bring_their_own_discount(dtype):
-    check(dtype, merged=True, discount=0.5)  # the loop's 0.5 is overruled, and so is the learner's 0.99
+    check(dtype, merged=True, discount=0.5, length=FAST[dtype])  # the loop's 0.5 is overruled, and so is the learner's 0.99
 
 
 @BOTH
@@ -168,7 +168,7 @@ def test_weighted_samples_and_the_errors_that_are_reported(dtype, k):
 
 @BOTH
 def test_all_at_once(dtype):
-    settings = dict(target_entropy=-1.0, discount=0.9, tau=0.02, actor_lr=1e-3, critic_lr=2e-3, alpha_lr=3e-3)
+    settings = dict(initial_alpha=0.3, target_entropy=-1.0, discount=0.9, tau=0.02, actor_lr=1e-3, critic_lr=2e-3, alpha_lr=3e-3)
     check(dtype, k=3, merged=True, weighted=True, length=2 * FAST[dtype], for_stack=settings, **settings)
 
 
@@ -189,16 +189,17 @@ def test_the_papers_factor_of_a_half_moves_nothing_but_adams_epsilon():
 @pytest.mark.parametrize("nsteps", [1, 3])
 def test_the_whole_learner_on_pendulum_equals_the_loop_on_its_batches(dtype, nsteps):
     torch.manual_seed(1)
+    updates = min(UPDATES[dtype], 300 // nsteps)
     actor, critic = larger(GaussianActor(3, 1, HIDDEN), 4.0).to(dtype), critics(dtype, 2, 3, 1)
     settings = dict(tau=0.01, discount=0.95, critic_lr=5e-4)
     loop = PlainSAC(copied_weights(SquashedPolicy(3, 1, *HIDDEN), actor), twins_of(critic), **settings)
     stepper = GymStepper("Pendulum-v1", SACAgent(actor), seed=0, random_steps=30)
-    learner = SACLearner(actor, critic, stepper, logger_bases=[], bs=32, max_sz=1000, nsteps=nsteps, batches=UPDATES[dtype], dp_augmentation_fns=[Tape], **settings)
+    learner = SACLearner(actor, critic, stepper, logger_bases=[], bs=32, max_sz=1000, nsteps=nsteps, batches=updates, dp_augmentation_fns=[Tape], **settings)
     learner.start()
     loop.target_noise, loop.policy_noise = noise_of(learner, SoftCriticLossProcessor), noise_of(learner, SoftActorLossProcessor)
     learner.fit(1)
     tape = find_pipe(learner, Tape).seen
-    assert len(tape) == UPDATES[dtype] and tape[0].state.dtype is dtype
+    assert len(tape) == updates and tape[0].state.dtype is dtype
     for step in tape:
         loop.update(as_batch(step))
     expected = state_of_loop(loop)
@@ -207,7 +208,7 @@ def test_the_whole_learner_on_pendulum_equals_the_loop_on_its_batches(dtype, nst
 
 
 # --- mistakes put back -----------------------------------------------------------------------------------------------
-PATCH = pytest.MonkeyPatch()
+PATCH, RIGHT = pytest.MonkeyPatch(), set()
 
 
 def of_critic(head):
@@ -395,7 +396,9 @@ MISTAKES = {  # what: (how it is put back, what `check` is told)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_put_back_is_noticed(mistake):
     spoil, settings = MISTAKES[mistake]
-    check(torch.float64, length=7, spoil=lambda *_: None, **settings)  # the right stack is equal after so few updates, too
+    if str(settings) not in RIGHT:  # the right stack is equal after so few updates, too
+        check(torch.float64, length=7, spoil=lambda *_: None, **settings)
+        RIGHT.add(str(settings))
     try:
         with pytest.raises(AssertionError, match="not close"):
             check(torch.float64, length=7, spoil=spoil, **settings)

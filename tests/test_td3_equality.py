@@ -43,6 +43,7 @@ from fastrl_pipes.processors.dpg import ActorLossProcessor, CriticLossProcessor
 from fastrl_pipes.processors.targets import SoftTargetUpdater
 
 BOTH = pytest.mark.parametrize("dtype", UPDATES, ids=str)
+FAST = {torch.float64: 60, torch.float32: 10}
 
 
 # --- the two sides ---------------------------------------------------------------------------------------------------
@@ -127,35 +128,35 @@ def test_the_learners_stack_equals_the_loop(dtype):
 @BOTH
 @pytest.mark.parametrize("k", [1, 5])
 def test_any_number_of_critics(dtype, k):
-    check(dtype, k=k, length=None if dtype is torch.float32 else 60)
+    check(dtype, k=k, length=FAST[dtype])
 
 
 @BOTH
 @pytest.mark.parametrize("delay", [1, 3])
 def test_any_delay_of_the_policy(dtype, delay):
-    check(dtype, for_stack=dict(policy_delay=delay), policy_delay=delay, length=None if dtype is torch.float32 else 60)
+    check(dtype, for_stack=dict(policy_delay=delay), policy_delay=delay, length=FAST[dtype])
 
 
 @BOTH
 def test_merged_samples_bring_their_own_discount(dtype):
-    check(dtype, merged=True, discount=0.5)  # the loop's 0.5 is overruled, and so is the learner's 0.99
+    check(dtype, merged=True, discount=0.5, length=FAST[dtype])  # the loop's 0.5 is overruled, and so is the learner's 0.99
 
 
 @BOTH
 def test_nsteps_without_a_discount_in_the_sample(dtype):
-    check(dtype, partial(merging_stack, nsteps=3), nsteps=3, length=None if dtype is torch.float32 else 60)
+    check(dtype, partial(merging_stack, nsteps=3), nsteps=3, length=FAST[dtype])
 
 
 @BOTH
 @pytest.mark.parametrize("k", [1, 2])
 def test_weighted_samples_and_the_errors_that_are_reported(dtype, k):
-    check(dtype, k=k, weighted=True, length=None if dtype is torch.float32 else 100)
+    check(dtype, k=k, weighted=True, length=FAST[dtype])
 
 
 @BOTH
 def test_all_at_once(dtype):
     settings = dict(policy_noise=0.4, noise_clip=0.3, policy_delay=3, discount=0.9, tau=0.02, actor_lr=3e-4, critic_lr=2e-3)
-    check(dtype, k=3, merged=True, weighted=True, for_stack=settings, **settings)
+    check(dtype, k=3, merged=True, weighted=True, length=2 * FAST[dtype], for_stack=settings, **settings)
 
 
 def test_the_noise_is_that_of_a_generator_of_the_pipes_own():
@@ -185,16 +186,17 @@ def test_the_bounds_bite():
 @pytest.mark.parametrize("nsteps", [1, 3])
 def test_the_whole_learner_on_pendulum_equals_the_loop_on_its_batches(dtype, nsteps):
     torch.manual_seed(1)
+    updates = min(UPDATES[dtype], 300 // nsteps)
     actor, critic = larger(Actor(3, 1, *HIDDEN), 4000.0).to(dtype), critics(dtype, 2, 3, 1)
     settings = dict(tau=0.01, discount=0.95, critic_lr=5e-4)
     loop = PlainTD3(copied_weights(Policy(3, 1, *HIDDEN), actor), copy.deepcopy(twins_of(critic)), **settings)
     stepper = GymStepper("Pendulum-v1", TD3Agent(actor), seed=0, random_steps=30)
-    learner = TD3Learner(actor, critic, stepper, logger_bases=[], bs=32, max_sz=1000, nsteps=nsteps, batches=UPDATES[dtype], dp_augmentation_fns=[Tape], **settings)
+    learner = TD3Learner(actor, critic, stepper, logger_bases=[], bs=32, max_sz=1000, nsteps=nsteps, batches=updates, dp_augmentation_fns=[Tape], **settings)
     learner.start()
     loop.generator = noise_of(learner, SmoothedCriticLossProcessor)
     learner.fit(1)
     tape = find_pipe(learner, Tape).seen
-    assert len(tape) == UPDATES[dtype] and tape[0].state.dtype is dtype
+    assert len(tape) == updates and tape[0].state.dtype is dtype
     for step in tape:
         loop.update(as_batch(step))
     expected = state_of_loop(loop)
@@ -300,13 +302,15 @@ MISTAKES = {  # what: (how it is put back, what `check` is told)
     "the loss is the mean over the critics": (mean_over_the_critics, {}),
     "tau on the wrong side": (lambda h, a, c: setattr(find_pipe(h, "actor_target"), "tau", 0.995), {}),
 }
-PATCH = pytest.MonkeyPatch()
+PATCH, RIGHT = pytest.MonkeyPatch(), set()
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_put_back_is_noticed(mistake):
     spoil, settings = MISTAKES[mistake]
-    check(torch.float64, length=7, spoil=lambda *_: None, **settings)  # the right stack is equal after so few updates, too
+    if str(settings) not in RIGHT:  # the right stack is equal after so few updates, too
+        check(torch.float64, length=7, spoil=lambda *_: None, **settings)
+        RIGHT.add(str(settings))
     try:
         with pytest.raises(AssertionError, match="not close"):
             check(torch.float64, length=7, spoil=spoil, **settings)

@@ -32,61 +32,72 @@ __all__ = ['Recording', 'DatasetWriter']
 # %% ../../nbs/learner/10_dataset_writer.ipynb #b75fb15d
 class Recording:
     "An episode of one environment, as far as it has come"
-    FIELDS = ("states", "actions", "rewards", "terminated", "truncated")
 
-    def __init__(self):
-        self.states, self.actions, self.rewards, self.terminated, self.truncated = [], [], [], [], []
-        self.last: Any = None  # the observation after the latest step
+    def __init__(
+        self,
+        step: SimpleStep,  # its first one, NumPy
+        row: int,  # of the step
+    ):
+        self.observations, self.actions, self.rewards = [map_leaves(_row(row), step.state)], [], []
 
     def __len__(self) -> int:
         return len(self.rewards)
 
+    def continues(self, step: SimpleStep, row: int) -> bool:
+        "Is the state of a step the observation that the latest one ended with?"
+        last, state = self.observations[-1], step.state
+        if type(last) is np.ndarray:
+            return bool((last == state[row]).all())
+        return all((a == b[row]).all() for (_, a), (_, b) in zip(leaves(last), leaves(state)))
+
     def add(
         self,
-        step: SimpleStep,  # NumPy, with `raw_action`
+        step: SimpleStep,  # with `raw_action`
         row: int,  # of the step
     ) -> bool:  # is the episode over?
         "Append a step"
-        def own(a):
-            return np.array(a[row])
-        self.states.append(map_leaves(own, step.state))
+        own = _row(row)
+        self.observations.append(map_leaves(own, step.next_state))
         self.actions.append(map_leaves(own, step.raw_action))
-        self.last = map_leaves(own, step.next_state)
-        for values, field in ((self.rewards, step.reward), (self.terminated, step.terminated), (self.truncated, step.truncated)):
-            values.append(own(field))
-        return bool(self.terminated[-1][0] or self.truncated[-1][0])
-
-    def continues(self, step: SimpleStep, row: int) -> bool:
-        "Is the state of a step the observation that the latest one ended with?"
-        return all(np.array_equal(a, b[row]) for (_, a), (_, b) in zip(leaves(self.last), leaves(step.state)))
+        self.rewards.append(own(step.reward))
+        self.terminated, self.truncated = bool(step.terminated[row, 0]), bool(step.truncated[row, 0])
+        return self.terminated or self.truncated
 
     def buffer(
         self,
         observation_space: Any,  # of the environment, whose dtypes the observations get
         action_space: Any,  # the same for actions
     ) -> Any:  # a `minari.data_collector.EpisodeBuffer`
-        "As Minari takes it. An episode that is not over is cut: its last step is truncated"
+        "As Minari takes it. An episode that did not terminate was cut, by its environment or by us: its last step is truncated"
         from minari.data_collector import EpisodeBuffer
-        rewards, terminated, truncated = (np.stack(x) for x in (self.rewards, self.terminated, self.truncated))
-        truncated[-1] |= ~terminated[-1]
-        return EpisodeBuffer(observations=_stacked([*self.states, self.last], observation_space), actions=_stacked(self.actions, action_space),
-                             rewards=rewards[:, 0] if rewards.shape[1] == 1 else rewards, terminations=terminated[:, 0], truncations=truncated[:, 0])
+        rewards, last = np.stack(self.rewards), np.arange(1, len(self) + 1) == len(self)
+        truncated = self.truncated or not self.terminated
+        return EpisodeBuffer(observations=_stacked(self.observations, observation_space), actions=_stacked(self.actions, action_space),
+                             rewards=rewards[:, 0] if rewards.shape[1] == 1 else rewards, terminations=last & self.terminated, truncations=last & truncated)
 
     def state_dict(self) -> dict[str, Any]:
         "As arrays"
-        return {"last": self.last, **{name: _stacked(getattr(self, name)) for name in self.FIELDS}}
+        return {"observations": _stacked(self.observations), "actions": _stacked(self.actions), "rewards": np.stack(self.rewards)}
 
     @classmethod
     def from_state(
         cls,
-        state: dict[str, Any],  # from `state_dict`
+        state: dict[str, Any],  # from `state_dict`, of an episode that is not over
     ) -> Recording:
         "The same again"
-        made = cls()
-        made.last = state["last"]
-        for name in cls.FIELDS:
-            setattr(made, name, [map_leaves(lambda a: np.array(a[i]), state[name]) for i in range(len(state["rewards"]))])
+        made, n = cls.__new__(cls), len(state["rewards"])
+        made.terminated = made.truncated = False
+        for name, rows in (("observations", n + 1), ("actions", n), ("rewards", n)):
+            setattr(made, name, [map_leaves(_row(i), state[name]) for i in range(rows)])
         return made
+
+
+def _row(i):
+    "A function that copies row i of an array"
+    def own(a):
+        x = a[i]
+        return x.copy() if type(x) is np.ndarray else np.array(x)
+    return own
 
 
 def _stacked(nests, space=None):
@@ -100,7 +111,7 @@ def _stacked(nests, space=None):
 
 # %% ../../nbs/learner/10_dataset_writer.ipynb #5233708d
 class _Book:
-    "What is finished and not yet written; apart from the writer, so that it can be written when that is gone"
+    "What is finished and not yet written: it outlives the writer, and is written when the process ends at the latest"
 
     def __init__(self, growing):
         self.growing, self.episodes, self.steps = growing, [], 0
@@ -117,14 +128,7 @@ class _Book:
             self.growing.cut(self.keep)
             self.keep = None
         self.growing.add(self.episodes)
-        self.forget()
-
-    def forget(self):
         self.episodes, self.steps = [], 0
-
-    def let_go(self):
-        self.flush()
-        atexit.unregister(self.flush)
 
 
 def _numbered(where, i):
@@ -167,6 +171,7 @@ class DatasetWriter(Stage):
         self._open: dict[int, Recording] = {}  # environment -> its episode
         self._book: _Book | None = None
         self._missing, self._began, self._closed, self._id = 0, False, False, ""
+        self._seen = False  # has a step come, since a checkpoint was loaded?
         DatasetWriter._live.add(self)
 
     def rebuilt(self, *sources: Any, **changes: Any) -> DatasetWriter:
@@ -185,8 +190,7 @@ class DatasetWriter(Stage):
             spec = spec_of(steppers[0]) if self.env is None and steppers else self.env
             growing = GrowingDataset(self.dataset, context.observation_space, context.action_space, spec, self.data_format, self.about)
             self._book, self._to_env = _Book(growing), action_map(context.action_space).to_env
-            weakref.finalize(self, self._book.let_go).atexit = False  # when nobody has the writer any more
-            atexit.register(self._book.flush)  # when the process ends, before h5py does: it was imported before
+            atexit.register(self._book.flush)  # when the process ends, and before h5py does, which was imported before
 
     def restart(self) -> None:
         self._end_open()
@@ -204,6 +208,7 @@ class DatasetWriter(Stage):
     def _record(self, step):
         if not self._began:
             self._begin()
+        self._seen = True
         if isinstance(step.reward, torch.Tensor):
             step = to_numpy(step)
         if step.raw_action is None:
@@ -219,7 +224,7 @@ class DatasetWriter(Stage):
         if n == 1:
             if recording is not None:  # its end was never seen: the environments began anew
                 self._finish(env, cut=True)
-            recording = self._open[env] = Recording()
+            recording = self._open[env] = Recording(step, row)
         elif recording is None:  # in the middle of an episode: the next one is recorded
             return
         elif n != len(recording) + 1 or not recording.continues(step, row):
@@ -235,7 +240,7 @@ class DatasetWriter(Stage):
             self.finished += 1
 
     def _end_open(self):
-        for env in sorted(self._open):
+        for env in sorted(self._open) if self._seen else ():  # a checkpoint that was only looked at changes nothing
             self._finish(env, cut=True)
 
     def _begin(self):
@@ -270,7 +275,7 @@ class DatasetWriter(Stage):
             self.flush()
             self._book.growing.join()
             self._closed, self._began = True, False
-            self._book.let_go()
+            atexit.unregister(self._book.flush)
 
     # State
     def get_own(self) -> dict[str, Any]:
@@ -290,7 +295,7 @@ class DatasetWriter(Stage):
             self._missing, wanted = self._missing + wanted - there, there
         book.flush()
         book.keep, self.finished, self._id = max(wanted, 0), state["finished"], state["recording"]
-        self._open = {int(env): Recording.from_state(r) for env, r in state["open"].items()}
+        self._open, self._seen = {int(env): Recording.from_state(r) for env, r in state["open"].items()}, False
         self._go_on()
 
     # Checks

@@ -13,11 +13,12 @@ from gymnasium import spaces
 from ..core import mode_matters
 from ..envs.spaces import action_map, action_size
 from ..errors import message
-from .script import flattens, main_line, source_of
+from .script import Script, flattens, main_line, source_of
 from ..networks.calls import model_dtype
+from ..pipes.core import Pipe
 
 # %% auto #0
-__all__ = []
+__all__ = ['policy_runner_lines']
 
 # %% ../../nbs/learner/07_flat_acting.ipynb #2ff846c4
 def _makes(stepper, script):
@@ -148,7 +149,11 @@ def _simple_model_runner(pipe, script):
 
 
 @flattens("fastrl_pipes.agents.core.PolicyRunner")
-def _policy_runner(pipe, script):
+def policy_runner_lines(
+    pipe: Pipe,  # draws from a stochastic policy
+    script: Script,  # that is written
+) -> None:
+    "An action from the policy, or its mode"
     obs = _observed(pipe, script)
     if pipe.deterministic:
         return _runner_lines(pipe, script, "the policy's mode", f"action = {script.nets[id(pipe.model)]}({obs})[3].numpy()")

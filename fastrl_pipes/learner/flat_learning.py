@@ -16,7 +16,7 @@ from .script import Script, flattens, main_line, source_of
 from ..pipes.core import Pipe
 
 # %% auto #0
-__all__ = ['gather_lines', 'replay_of', 'take_step']
+__all__ = ['gather_lines', 'replay_of', 'take_step', 'optimizer_of']
 
 # %% ../../nbs/learner/07_flat_learning.ipynb #fba6eea6
 def _columns(pipe, script):
@@ -102,7 +102,9 @@ def take_step(
 def _step_lines(opt, loss, script):
     if id(opt) not in (made := script.__dict__.setdefault("opts", {})):
         made[id(opt)] = script.name(script.labels[id(opt)] if script.labels[id(opt)] != "BasicOptStepper" else script.nets[id(opt.model)] + "_opt", opt)
-        script.head.append(f"{made[id(opt)]} = {_optimizer(opt, script)}")
+        net = script.nets[id(opt.model)]
+        params = f"{net}.parameters()" if len(opt.params) == len(list(opt.model.parameters())) else f"[p for p in {net}.parameters() if p.requires_grad]"
+        script.head.append(f"{made[id(opt)]} = {optimizer_of(opt, params, script)}")
     name = "descend" if opt.do_zero_grad else "descend_on_sums"
     put = "p.grad = g" if opt.do_zero_grad else "p.grad = g if p.grad is None else p.grad + g"
     script.helpers[name] = [f"def {name}(opt, loss):", '    "One step; the gradient is taken for the parameters of this optimizer alone"', '    params = opt.param_groups[0]["params"]',
@@ -110,13 +112,16 @@ def _step_lines(opt, loss, script):
     script.add(f"{name}({made[id(opt)]}, {loss})" + (f"  # {script.labels[id(opt)]}" if made[id(opt)] != script.labels[id(opt)] else ""))
 
 
-def _optimizer(opt, script):
+def optimizer_of(
+    pipe: Pipe,  # which steps
+    params: str,  # an expression: its parameters
+    script: Script,  # that is written
+) -> str:
     "The expression that makes an optimizer: its class, and what is not the default"
-    cls, net = type(opt.opt), script.nets[id(opt.model)]
+    cls = type(pipe.opt)
     standard = {n: p.default for n, p in inspect.signature(cls).parameters.items()}
-    more = "".join(f", {k}={source_of(v, script, k)}" for k, v in opt.opt.defaults.items()
+    more = "".join(f", {k}={source_of(v, script, k)}" for k, v in pipe.opt.defaults.items()
                    if k in standard and (k == "lr" or standard[k] is inspect.Parameter.empty or v != standard[k]))
-    params = f"{net}.parameters()" if len(opt.params) == len(list(opt.model.parameters())) else f"[p for p in {net}.parameters() if p.requires_grad]"
     return f"{source_of(cls, script, 'opt')}({params}{more})"
 
 
@@ -168,11 +173,15 @@ def _every(pipe, script):
         script.branch = None
         if script.depth != depth:
             raise ValueError(message("flatten", str(pipe), "has a branch that hands on several items", "a branch of one item in, one out"))
+        line = main_line(script.learner)
         for net, loss in list(script.late):
-            line = main_line(script.learner)
             opt = next((p for p in line[line.index(pipe):] if type(p).__name__ == "BasicOptStepper" and p.model is net), None)
             if opt is not None:
                 _step_lines(opt, loss, script)
+                script.late.remove((net, loss))
+        for net, loss in script.late:
+            if joint := next((p for p in line[line.index(pipe):] if net in getattr(p, "models", ())), None):
+                raise ValueError(message("flatten", script.labels[id(joint)], f"takes the {loss} of a branch, which is not there for every batch", "an optimizer inside of the branch"))
         script.late.clear()
 
 

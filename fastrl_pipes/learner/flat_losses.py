@@ -74,10 +74,11 @@ def critic_lines(
     target: Sequence[str],  # lines that compute `next_value`
     reward: str = "reward",  # an expression
     weight: Sequence[str] = (),  # lines that compute `weight` from q and y
+    reports: bool = True,  # does a prioritised replay hear of the errors?
 ) -> None:
     "The loss of critics, from the value of the next state on"
     batch, k = batch_at(pipe, script), script.replicas[id(pipe.critic)]
-    indexed, weighted = getattr(batch, "index", None) is not None, getattr(batch, "weight", None) is not None
+    indexed, weighted = reports and getattr(batch, "index", None) is not None and pipe.context.priorities is not None, getattr(batch, "weight", None) is not None
     value = f"torch.addcmul({reward}, discount, next_value)" if getattr(batch, "discount", None) is not None else f"torch.add({reward}, next_value, alpha={pipe._discount!r})"
     with loss_of(pipe, script, text) as loss:
         with script.block("with torch.no_grad():"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from contextlib import suppress
-from itertools import zip_longest
+from itertools import islice, permutations, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +66,19 @@ def _construction(name, net, script):
     return made + (".double()" if next(net.parameters()).dtype is torch.float64 else "")
 
 # %% ../../nbs/learner/06_flatten.ipynb #54389bb3
+_ORDER = ("actor", "critic", "value")  # in which builders make networks; further ones come behind them
+
+
 def _network_lines(script, seed, weights):
     made = {name: _construction(name, net, script) for name, net in script.modules.items() if name not in script.targets}
-    lines = ["# The networks"] + ([f"torch.manual_seed({seed})"] if weights is None else []) + [f"{name} = {text}" for name, text in made.items()]
-    _try(script, lines, list(made), weights is None and not script.learner.started)
+    names = sorted(made, key=lambda n: _ORDER.index(n) if n in _ORDER else len(_ORDER))
+    begin, values = ([f"torch.manual_seed({seed})"], not script.learner.started) if weights is None else ([], False)
+    names = _tried(script, begin, made, names, values)
+    lines = ["# The networks", *begin, *(f"{name} = {made[name]}" for name in names)]
     if weights is not None:
-        _save(script, list(made), weights)
+        _save(script, names, weights)
         script.imports.add("from safetensors.torch import load_file")
-        lines += [f"weights = load_file({str(weights)!r})", f"for name, net in {{{', '.join(f'{n!r}: {n}' for n in made)}}}.items():",
+        lines += [f"weights = load_file({str(weights)!r})", f"for name, net in {{{', '.join(f'{n!r}: {n}' for n in names)}}}.items():",
                   "    net.load_state_dict({k.partition(\".\")[2]: v for k, v in weights.items() if k.partition(\".\")[0] == name})"]
     if script.targets:
         script.imports.add("import copy")
@@ -82,19 +87,29 @@ def _network_lines(script, seed, weights):
     return lines
 
 
-def _try(script, lines, names, values):
-    space: dict[str, Any] = {}
-    with torch.random.fork_rng(devices=[]):
-        exec("\n".join(["import torch", "from torch import nn", *sorted(script.imports), *lines]), space)
-    for name in names:
-        net, made = script.modules[name], space[name]
-        if differs := [(a, b) for a, b in zip_longest(repr(net).splitlines(), repr(made).splitlines()) if a != b]:
-            raise LookupError(message("flatten", name, f"has {(differs[0][0] or 'nothing').strip()}", f"{(differs[0][1] or 'nothing').strip()}, which the script would make",
-                                      f"say how it is made: networks={{'{name}': '{type(net).__name__}(...)'}}"))
-        here, there = net.state_dict(), made.state_dict()
-        if values and (here.keys() != there.keys() or any(not torch.equal(here[k], there[k]) for k in here)):
-            raise ValueError(message("flatten", name, "begins at other parameters than the script would make", "the seed with which the networks were made, in this order: " + ", ".join(names),
-                                     "or weights='initial.safetensors': the script will load them"))
+def _tried(script, begin, made, names, values):
+    "The names in an order in which the expressions make the networks that are there"
+    for order in islice(permutations(names), 120 if values else 1):
+        space: dict[str, Any] = {}
+        with torch.random.fork_rng(devices=[]):
+            exec("\n".join(["import torch", "from torch import nn", *sorted(script.imports), *begin, *(f"{n} = {made[n]}" for n in order)]), space)
+        for name in names:
+            _check_layers(name, script.modules[name], space[name])
+        if not values or all(_equal(script.modules[n], space[n]) for n in names):
+            return list(order)
+    raise ValueError(message("flatten", names[0] if len(names) == 1 else " and ".join(names), f"begin{'s' * (len(names) == 1)} at other parameters than the script would make",
+                             "the seed with which the networks were made, one right after the other", "or weights='initial.safetensors': the script will load them"))
+
+
+def _check_layers(name, net, made):
+    if differs := [(a, b) for a, b in zip_longest(repr(net).splitlines(), repr(made).splitlines()) if a != b]:
+        raise LookupError(message("flatten", name, f"has {(differs[0][0] or 'nothing').strip()}", f"{(differs[0][1] or 'nothing').strip()}, which the script would make",
+                                  f"say how it is made: networks={{'{name}': '{type(net).__name__}(...)'}}"))
+
+
+def _equal(net, made):
+    here, there = net.state_dict(), made.state_dict()
+    return here.keys() == there.keys() and all(torch.equal(here[k], there[k]) for k in here)
 
 
 def _save(script, names, weights):
@@ -113,7 +128,7 @@ def flatten(
     networks: dict[str, str] | None = None,  # name of a network -> the expression that makes it, where it cannot be read off
 ) -> str:  # a Python script
     "The stack as one script. Raises LookupError for a pipe without template, ValueError for what no script can say"
-    for module in ("flat_networks", "flat_acting", "flat_learning", "flat_losses", "flat_hindsight", "flat_offline", "flat_prioritized"):  # their templates become known
+    for module in ("flat_networks", "flat_acting", "flat_learning", "flat_losses", "flat_imitation", "flat_hindsight", "flat_offline", "flat_prioritized"):  # their templates become known
         importlib.import_module(f"fastrl_pipes.learner.{module}")
     if learner.context.device is not None and learner.context.device.type != "cpu":
         raise ValueError(message("flatten", "device", f"is {learner.context.device}", "cpu", "only there is the script equal to the bit"))

@@ -103,7 +103,7 @@ class BasicOptStepper(Fan):
 
 def _fused(opt, params, lr):
     "The optimizer with its fused kernel, where there is one and nobody chose otherwise"
-    made = opt(params, lr=lr)
+    made = opt([dict(p) if isinstance(p, dict) else p for p in params], lr=lr)  # it writes into groups
     if made.defaults.get("fused", False) is not None or made.defaults.get("foreach") or made.defaults.get("amsgrad"):
         return made
     try:

@@ -33,17 +33,20 @@ class StepCount:
         if not (env[1:] > env[:-1]).all():
             return sum(map(self._see_row, env.tolist(), episode.tolist(), t.tolist()))
         self._make_room(env[-1])
-        before = np.where(self.latest[0, env] == episode, self.latest[1, env], 0)
-        after = np.maximum(before, t)
-        self.latest[:, env] = episode, after
-        return int((after - before).sum())
+        latest, before = self.latest[:, env]
+        new = episode > latest  # episodes are numbered in their order; of one that is over, nothing is counted again
+        after = np.where(new, t, np.where(episode == latest, np.maximum(before, t), before))
+        self.latest[:, env] = np.maximum(latest, episode), after
+        return int(after.sum() - before[~new].sum())
 
     def _see_row(self, env, episode, t):
         if env >= self.latest.shape[1]:
             self._make_room(env)
-        before = self.latest.item(1, env) if self.latest.item(0, env) == episode else 0
-        self.latest[0, env], self.latest[1, env] = episode, max(before, t)
-        return max(0, t - before)
+        latest, before = self.latest.item(0, env), self.latest.item(1, env)
+        if episode < latest or (episode == latest and t <= before):
+            return 0
+        self.latest[0, env], self.latest[1, env] = episode, t
+        return t - before if episode == latest else t
 
     def _make_room(self, env):
         if (missing := env + 1 - self.latest.shape[1]) > 0:

@@ -167,6 +167,10 @@ class HindsightReplay(ExperienceReplay):
         "A copy as the environment has it: on the host, in the space's dtype"
         return goal.cpu().numpy().astype(self._dtype or str(goal.dtype).removeprefix("torch."))
 
+    def set_own(self, state: dict[str, Any]) -> None:
+        super().set_own(state)
+        self._goal = None
+
     # Checking
     def _check_fields(self, step):
         for field in ("state", "next_state"):

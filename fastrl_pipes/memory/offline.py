@@ -12,7 +12,7 @@ import torch
 from ..core import SimpleStep
 from ..errors import check_number, message
 from .dataset import DatasetMemory, memory_from_dataset, telling
-from .experience_replay import ExperienceReplay, ReplayMemory, ReplaySampler
+from .experience_replay import ExperienceReplay, ReplayMemory, ReplaySampler, pack
 from .rows import RowLayout
 from ..pipes.core import Context
 
@@ -76,11 +76,19 @@ class OfflineReplay(ReplaySampler):
         return (self.memory.gather(rows, self.context.device, self.context.dtype),)
 
 
+def _rows_in(layout, memory):
+    "The rows of a memory in another order of the same columns: a Dict observation of an environment may have its keys in another order than the data, which has them sorted"
+    if layout == memory.layout:
+        return memory.rows
+    at = range(0, memory.size, 1 << 16)
+    return torch.cat([pack(memory.layout.unpack(memory.rows[i:min(i + (1 << 16), memory.size)]), layout) for i in at]).to(memory.device)
+
+
 _TICK = SimpleStep()  # what makes a sampler draw
 
 # %% ../../nbs/memory/07_offline.ipynb #a1fe3878
 class MixedReplay(ExperienceReplay):
-    "An `ExperienceReplay` whose batches hold `ratio` of other data. Raises ValueError where steps and data have different fields. Source: Ball et al. 2023, Alg. 1, l. 11 to 13"
+    "An `ExperienceReplay` whose batches hold `ratio` of other data. Raises ValueError where steps and data have different fields. Source: Ball et al. 2023, Alg. 1"
 
     def __init__(
         self,
@@ -123,15 +131,16 @@ class MixedReplay(ExperienceReplay):
             online.random_(0, memory.size, generator=self._generator)
         offline.random_(0, data.size, generator=self._generator)
         if self._batch is False:
-            rows = torch.cat((memory.rows.index_select(0, online), data.rows.index_select(0, offline)))
+            rows = torch.cat((memory.rows.index_select(0, online), self._recorded.index_select(0, offline)))
             return (memory.layout.unpack(rows.to(self.context.device or memory.device), self.context.dtype),)
         torch.index_select(memory.rows, 0, online, out=self._halves[0])
-        torch.index_select(data.rows, 0, offline, out=self._halves[1])
+        torch.index_select(self._recorded, 0, offline, out=self._halves[1])
         return (self._batch,)
 
     def _prepare(self):
         self._check_layout(self.memory.layout)
         super()._prepare()
+        self._recorded = _rows_in(self.memory.layout, self.data)
         if self._batch is not False:
             self._halves = self._rows[:self.online_bs], self._rows[self.online_bs:]
 
@@ -141,7 +150,7 @@ class MixedReplay(ExperienceReplay):
         for field in [*here, *there]:
             if here.get(field) != there.get(field):
                 (came, kept), hint = (f"{x[0]} {list(x[1])}" if x else "missing" for x in (here.get(field), there.get(field))), ""
-                if "discount" in (field,) or len(here) != len(there):
+                if field == "discount":
                     hint = "merge the same number of steps in both: memory_from_dataset(data, nsteps=..., discount=...)"
                 raise ValueError(message(str(self), field, f"of the steps is {came}", f"{kept}, as in the data", hint))
 
