@@ -24,8 +24,9 @@ from gymnasium import spaces
 minari = pytest.importorskip("minari")
 from minari.data_collector import EpisodeBuffer  # noqa: E402
 
-import fastrl_pipes.memory.dataset as reading  # noqa: E402
+import fastrl_pipes.memory.dataset_files as reading  # noqa: E402
 import fastrl_pipes.memory.growing as growing_dataset  # noqa: E402
+import fastrl_pipes.memory.linked_parts as linked_parts  # noqa: E402
 from fastrl_pipes.agents.core import ActionClip, ActionScaler, AgentHead, SimpleModelRunner  # noqa: E402
 from fastrl_pipes.agents.ddpg import DDPGAgent, DDPGLearner  # noqa: E402
 from fastrl_pipes.core import SimpleStep, copied, leaves, map_leaves  # noqa: E402
@@ -39,10 +40,12 @@ from fastrl_pipes.learner.dataset_writer import DatasetWriter  # noqa: E402
 from fastrl_pipes.learner.flatten import flatten  # noqa: E402
 from fastrl_pipes.learner.head import LearnerHead  # noqa: E402
 from fastrl_pipes.learner.optimizers import BasicOptStepper  # noqa: E402
-from fastrl_pipes.memory.dataset import DatasetSteps, Episodes, memory_from_dataset, normalized_score, open_dataset, policy_units  # noqa: E402
+from fastrl_pipes.memory.dataset import DatasetSteps, Episodes, memory_from_dataset, policy_units  # noqa: E402
+from fastrl_pipes.memory.dataset_files import open_dataset  # noqa: E402
 from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayMemory, ReplayWriter  # noqa: E402
 from fastrl_pipes.memory.growing import FORMATS, GrowingDataset  # noqa: E402
 from fastrl_pipes.memory.offline import MixedReplay, OfflineReplay  # noqa: E402
+from fastrl_pipes.memory.scores import normalized_score  # noqa: E402
 from fastrl_pipes.networks.actor_critic import Actor, Critic  # noqa: E402
 from fastrl_pipes.networks.targets import target_of  # noqa: E402
 from fastrl_pipes.pipes.control import Inlet  # noqa: E402
@@ -61,7 +64,7 @@ def home(tmp_path, monkeypatch):
     "Data sets live in a folder of the test's own, and nobody's home is touched"
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
-    monkeypatch.setattr(growing_dataset, "_sync", lambda path: None)  # a power cut is not tested, and waiting for the disk takes most of the time
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # a power cut is not tested, and waiting for the disk takes most of the time
     yield tmp_path / "datasets"
     assert not (tmp_path / "home").exists()
 
@@ -608,6 +611,28 @@ def test_a_kill_leaves_what_was_finished(form, tmp_path):
         assert all(re.fullmatch(r"main_data\.hdf5|metadata\.json|\d+", p.name) for p in growing.data.iterdir()), "and nothing half done is left"
 
 
+def test_what_takes_a_place_is_on_the_disk_before(tmp_path, monkeypatch):
+    "For a power cut: contents first, then the name"
+    synced, placed = [], []
+    for module in (growing_dataset, linked_parts):
+        monkeypatch.setattr(module, "sync_file", lambda path: synced.append(Path(path)))
+    for verb in ("replace", "rename"):
+        def put(src, dst, real=getattr(os, verb)):
+            files = [p for p in Path(src).rglob("*") if p.is_file()] if Path(src).is_dir() else [Path(src)]
+            placed.append(Path(dst).name)
+            assert set(files) <= set(synced), f"{dst} before its contents"
+            real(src, dst)
+        monkeypatch.setattr(growing_dataset.os, verb, put)
+    box = spaces.Box(-1, 1, (1,))
+    for form in FORMATS:
+        growing = GrowingDataset(tmp_path / form, box, box, None, form)
+        for seed in range(3):
+            growing.add(buffers(box, box, (3, 2), seed=seed))
+        growing.cut(4)
+        growing.join()
+    assert placed.count("metadata.json") >= 9 and placed.count("main_data.hdf5") >= 4 and "3" in placed
+
+
 # --- as a stream -----------------------------------------------------------------------------------------------------
 def test_a_stream_of_it_is_what_was_recorded():
     steps, data = recorded(env="Pendulum-v1", steps=450)
@@ -830,7 +855,7 @@ def test_data_of_another_kind_is_refused_before_the_first_step():
     recorded("pendulum/x-v0", 200, "Pendulum-v1")
     with pytest.raises(ValueError, match="observation_space.*which another pipe of the stack announced"):
         learner_on(mixed(data="pendulum/x-v0"))
-    with pytest.raises(ValueError, match=r"MixedReplay: field 'discount' of the steps is float32 \[1\], expected missing.*memory_from_dataset\(data, nsteps="):
+    with pytest.raises(ValueError, match=r"MixedReplay: field 'discount' of the steps is float32 \[1\], expected not there, as in the data; .*memory_from_dataset\(data, nsteps="):
         learner_on(mixed(nsteps=3))
     learner_on(mixed(nsteps=3, data=memory_from_dataset("goal/random-v0", nsteps=3)))
     with pytest.raises(ValueError, match=r"'(next_)?state' of the steps is float32 \[2\], expected float64 \[2\]"):

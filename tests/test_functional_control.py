@@ -50,7 +50,7 @@ def test_the_squashed_density_integrates_to_one(mean, sigma):
     a = np.tanh(u)
     whole = integrate.trapezoid(density(mean, sigma)(a), a)
     assert whole == pytest.approx(mass(mean, sigma, low, high), rel=2e-5)
-    assert whole == pytest.approx(1, abs=1e-4) or mass(mean, sigma, -12, 12) < 0.9999, "but for a Gaussian that reaches further"
+    assert whole == pytest.approx(1, abs=1e-4) or (mean, sigma) == (1.5, 4.0), "the widest alone reaches further"
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -78,7 +78,7 @@ def test_samples_fall_where_the_density_says(mean, sigma):
     noise = torch.randn(20_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     action, log_prob = squashed_sample(torch.full_like(noise, mean), torch.full_like(noise, math.log(sigma)), noise)
     inside = action[action.abs() < 1].numpy()
-    assert stats.kstest(inside, lambda a: stats.norm.cdf(np.arctanh(a), mean, sigma)).pvalue > 1e-3 or len(inside) < 20_000
+    assert len(inside) > 19_990 and stats.kstest(inside, lambda a: stats.norm.cdf(np.arctanh(a), mean, sigma)).pvalue > 1e-3
     u = np.linspace(mean - 9 * sigma, mean + 9 * sigma, 20_001)
     p = stats.norm.pdf(u, mean, sigma)
     entropy = integrate.trapezoid(p * (np.log(4) - 2 * np.logaddexp(u, -u) - np.log(p)), u)  # -log pi = log(1 - tanh^2) - log N
@@ -140,7 +140,7 @@ def test_at_the_bounds_everything_is_finite(dtype, bound, mean, sigma):
     assert action[0, 0] == bound, "what is scored is left alone"
     near = action.clone()
     near[0, 0] = bound * (1 - torch.finfo(dtype).eps)
-    torch.testing.assert_close(squashed_log_prob(mean, log_std, near), log_prob, rtol=1e-6, atol=0), "the bound counts as the number next to it"
+    torch.testing.assert_close(squashed_log_prob(mean, log_std, near), log_prob, rtol=1e-6, atol=0)  # the bound counts as the number next to it
 
 
 @DTYPES
@@ -316,7 +316,7 @@ def test_smoothed_action_is_the_loop(rows, width, sigma, clip, seed):
 
 def test_smoothed_action_by_hand():
     found = smoothed_action(row(0.0, 0.0, 0.9, -0.9, 0.5), row(1.0, 4.0, 2.0, -2.0, -1.0), 0.2, 0.5)
-    torch.testing.assert_close(found, row(0.2, 0.5, 1.0, -1.0, 0.3)), "noise, clipped noise, clipped actions"
+    torch.testing.assert_close(found, row(0.2, 0.5, 1.0, -1.0, 0.3))  # noise, clipped noise, clipped actions
 
 
 def test_soft_policy_loss_by_hand_and_its_gradients():

@@ -485,6 +485,7 @@ BAD = {
     "windows": (lambda: HindsightReplay(NStepFlattener(NStepper(stepper(), 3))), V, ["HindsightReplay", "'source'", "NStepper"]),
     "skipped steps": (lambda: HindsightReplay(NSkipper(stepper(), 2)), V, ["HindsightReplay", "'source'", "NSkipper"]),
     "a learner with n steps": (lambda: learner(nsteps=3), V, ["HindsightReplay", "'source'", "nsteps=1"]),
+    "a replay that lost its writer": (lambda: (lambda r: (r.stand_on(playing(3, [[4]])), started(r)))(HindsightReplay([])), L, ["HindsightReplay", "'source'", "EpisodeWriter"]),
     "an environment without goals": (lambda: started(HindsightReplay(stepper(Counting))), T, ["HindsightReplay", "'observation_space'", "Box", "'desired_goal'"]),
     "a dictionary without goals": (lambda: started(HindsightReplay(stepper(Nested))), T, ["HindsightReplay", "'observation_space'", "'desired_goal'"]),
     "goals of two kinds": (lambda: started(HindsightReplay(stepper(unlike()))), T, ["HindsightReplay", "'desired_goal'", "(3,)", "(2,)"]),

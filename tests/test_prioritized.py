@@ -326,6 +326,31 @@ def test_priorities_are_those_of_a_plain_model(max_sz, ops, seed):
             assert (batch.reward[:, 0].long() % max_sz == batch.index).all() and (batch.index < len(memory)).all()
 
 
+def test_a_ring_whose_tree_has_levels():
+    "Up to three times as many rows as it holds between two draws"
+    rng, size, at = np.random.default_rng(2), 3001, 0  # no multiple of anything: behind the last place there is room
+    memory = ReplayMemory(size)
+    pipe = PrioritizedSampler(ReplayWriter([], memory), memory, bs=64)
+    bind(pipe, Context(seed=0))
+    pipe.start()
+    plain, highest = np.zeros(size), 1.0
+    for _ in range(60):
+        for rows in rng.integers(1, 1000, rng.integers(1, 10)) if rng.random() < 0.3 else rng.integers(1, 60, 3):
+            memory.write(next(steps(1, int(rows), at)))
+            plain[np.arange(at, at + rows) % size] = highest
+            at += int(rows)
+        for _ in range(4):
+            (batch,) = pipe.forward(SimpleStep())
+            errors = rng.exponential(size=64) * 2
+            pipe.update(batch.index, torch.from_numpy(errors))
+            for i, e in zip(batch.index.tolist(), errors):
+                plain[i] = (e + 1e-6) ** 0.6
+            highest = max(highest, *((errors + 1e-6) ** 0.6))
+        assert pipe.tree.leaves[:size] == pytest.approx(plain, rel=1e-14) and len(pipe.tree.levels) > 2
+        for below, above in zip(pipe.tree.levels, pipe.tree.levels[1:]):
+            assert (above == below[0::2] + below[1::2]).all()
+
+
 def test_the_index_of_a_batch_leads_to_its_rows():
     memory = ReplayMemory(30)
     pipe = replay(steps(40, rows=3), 8, memory=memory)
@@ -479,9 +504,10 @@ def test_counting_environments_side_by_side(lengths, n, drop):
         if len(env):
             e, t = (np.array([scripts[i][k][j] for i in env])[:, None] for j in (0, 1))
             step = SimpleStep(env_id=env[:, None], episode_n=e, step_n=t)
+            first = step if k == 0 or not total else first
             seen[env] = k + 1
             total += count.see(step)
-            assert total == seen.sum() and count.see(step) == 0
+            assert total == seen.sum() and count.see(step) == 0 and count.see(first) == 0
 
 
 # --- whole learners -----------------------------------------------------------------------------------------------------
@@ -744,12 +770,12 @@ def test_sizes_are_refused_as_those_of_a_replay():
 
 def test_two_in_one_stack_are_refused():
     inner = PrioritizedReplay(steps(20), 4, 20, name="first")
-    with pytest.raises(ValueError, match="PrioritizedReplay: field 'priorities' are kept by another pipe.*one prioritised replay"):
+    with pytest.raises(ValueError, match="PrioritizedReplay: field 'priorities' is kept by another pipe.*one prioritised replay"):
         bind(PrioritizedReplay(inner, 4, 20))
 
 
 @pytest.mark.parametrize(("index", "error", "words"), [
-    ([0, 1], [1.0, math.nan], "td_error.*nan in one of 1 rows of 2.*diverged"), ([0, 1], [math.inf, 1.0], "td_error.*inf"), ([0, 1], [1.0, -0.5], "td_error.*-0.5.*absolute"),
+    ([0, 1], [1.0, math.nan], "td_error.*nan in 1 of 2 rows.*diverged"), ([0, 1], [math.inf, 1.0], "td_error.*inf"), ([0, 1], [1.0, -0.5], "td_error.*-0.5.*absolute"),
     ([0, 1], [1.0], r"td_error.*\[1\], expected \[2\]"), ([0, 1], [[1.0], [2.0]], r"td_error.*\[2, 1\], expected \[2\]"), ([0, 8], [1.0, 2.0], r"index.*\[0, 8\].*\[0, 8\)"),
     ([-1, 1], [1.0, 2.0], "index.*-1"), ([0, 1], [-1e-9, 1.0], "td_error.*absolute")])
 def test_wrong_news_are_refused_by_name_and_change_nothing(index, error, words):

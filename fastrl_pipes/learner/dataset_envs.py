@@ -14,7 +14,8 @@ import gymnasium
 from ..envs.backends import env_spec
 from ..envs.stepper import GymStepper
 from ..errors import message
-from ..memory.dataset import DatasetMemory, Episodes, open_dataset
+from ..memory.dataset import DatasetMemory, Episodes
+from ..memory.dataset_files import open_dataset
 
 # %% auto #0
 __all__ = ['spec_of', 'dataset_stepper']

@@ -12,102 +12,23 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from ..core import MergedStep, SimpleStep, leaves, map_leaves, spawn_seed, to_numpy
+from ..core import MergedStep, SimpleStep, spawn_seed, to_numpy
 from ..envs.backends import env_spec
 from ..envs.spaces import action_map
 from ..envs.stepper import GymStepper
 from ..errors import CheckpointError, check_choice, check_number, message, shape_of
 from .dataset_envs import spec_of
-from ..memory.dataset import dataset_folder, reference_scores
+from ..memory.dataset_files import dataset_folder
 from ..memory.growing import ABOUT, FORMATS, GrowingDataset
+from ..memory.recording import Recording
+from ..memory.scores import reference_scores
 from ..pipes.core import Context, Stage
 from ..pipes.graph import find_pipes
 
 # %% auto #0
-__all__ = ['Recording', 'DatasetWriter']
-
-# %% ../../nbs/learner/10_dataset_writer.ipynb #b75fb15d
-class Recording:
-    "An episode of one environment, as far as it has come"
-
-    def __init__(
-        self,
-        step: SimpleStep,  # its first one, NumPy
-        row: int,  # of the step
-    ):
-        self.observations, self.actions, self.rewards = [map_leaves(_row(row), step.state)], [], []
-
-    def __len__(self) -> int:
-        return len(self.rewards)
-
-    def continues(self, step: SimpleStep, row: int) -> bool:
-        "Is the state of a step the observation that the latest one ended with?"
-        last, state = self.observations[-1], step.state
-        if type(last) is np.ndarray:
-            return bool((last == state[row]).all())
-        return all((a == b[row]).all() for (_, a), (_, b) in zip(leaves(last), leaves(state)))
-
-    def add(
-        self,
-        step: SimpleStep,  # with `raw_action`
-        row: int,  # of the step
-    ) -> bool:  # is the episode over?
-        "Append a step"
-        own = _row(row)
-        self.observations.append(map_leaves(own, step.next_state))
-        self.actions.append(map_leaves(own, step.raw_action))
-        self.rewards.append(own(step.reward))
-        self.terminated, self.truncated = bool(step.terminated[row, 0]), bool(step.truncated[row, 0])
-        return self.terminated or self.truncated
-
-    def buffer(
-        self,
-        observation_space: Any,  # of the environment, whose dtypes the observations get
-        action_space: Any,  # the same for actions
-    ) -> Any:  # a `minari.data_collector.EpisodeBuffer`
-        "As Minari takes it. An episode that did not terminate was cut, by its environment or by us: its last step is truncated"
-        from minari.data_collector import EpisodeBuffer
-        rewards, last = np.stack(self.rewards), np.arange(1, len(self) + 1) == len(self)
-        truncated = self.truncated or not self.terminated
-        return EpisodeBuffer(observations=_stacked(self.observations, observation_space), actions=_stacked(self.actions, action_space),
-                             rewards=rewards[:, 0] if rewards.shape[1] == 1 else rewards, terminations=last & self.terminated, truncations=last & truncated)
-
-    def state_dict(self) -> dict[str, Any]:
-        "As arrays"
-        return {"observations": _stacked(self.observations), "actions": _stacked(self.actions), "rewards": np.stack(self.rewards)}
-
-    @classmethod
-    def from_state(
-        cls,
-        state: dict[str, Any],  # from `state_dict`, of an episode that is not over
-    ) -> Recording:
-        "The same again"
-        made, n = cls.__new__(cls), len(state["rewards"])
-        made.terminated = made.truncated = False
-        for name, rows in (("observations", n + 1), ("actions", n), ("rewards", n)):
-            setattr(made, name, [map_leaves(_row(i), state[name]) for i in range(rows)])
-        return made
-
-
-def _row(i):
-    "A function that copies row i of an array"
-    def own(a):
-        x = a[i]
-        return x.copy() if type(x) is np.ndarray else np.array(x)
-    return own
-
-
-def _stacked(nests, space=None):
-    "Nests of arrays as one nest with a first axis more"
-    first = nests[0]
-    if isinstance(first, dict):
-        return {k: _stacked([n[k] for n in nests], None if space is None else space[k]) for k in first}
-    if isinstance(first, tuple):
-        return tuple(_stacked([n[i] for n in nests], None if space is None else space[i]) for i in range(len(first)))
-    return np.stack(nests).astype(first.dtype if space is None else space.dtype, copy=False)
+__all__ = ['DatasetWriter']
 
 # %% ../../nbs/learner/10_dataset_writer.ipynb #5233708d
 class _Book:

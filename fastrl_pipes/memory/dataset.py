@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,110 +17,15 @@ import torch
 from gymnasium import spaces
 
 from ..core import SimpleStep, leaves, map_leaves
-from ..errors import CheckpointError, check_number, message, shape_of, suggest
+from ..errors import CheckpointError, check_number, message, shape_of
+from .dataset_files import open_dataset
 from .experience_replay import ReplayMemory
 from .rows import LEARNING_FIELDS
 from ..pipes.core import Context, Pipe, bind
 from ..pipes.nstep import FirstLastMerger, NStepper
 
 # %% auto #0
-__all__ = ['PATIENCE', 'minari_library', 'datasets_root', 'dataset_folder', 'open_dataset', 'policy_units', 'Episodes',
-           'DataMark', 'DatasetSteps', 'telling', 'DatasetMemory', 'memory_from_dataset', 'reference_scores',
-           'normalized_score']
-
-# %% ../../nbs/memory/06_dataset.ipynb #8090eac8
-def minari_library() -> Any:  # the module
-    "Minari. Raises ValueError, with what to do, where it is not installed"
-    try:
-        import minari
-    except ImportError as e:
-        raise ValueError(message("open_dataset", "dataset", "needs Minari, which is not installed", "Minari, on Python 3.11 or newer", 'pip install "fastrl_pipes[offline]"')) from e
-    return minari
-
-
-def datasets_root() -> Path:
-    "The folder of the data sets that have an identifier. Makes nothing"
-    return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
-
-
-def dataset_folder(
-    where: str | Path,  # a path, or an identifier such as "pendulum/sac-v0"
-) -> Path:  # it need not exist
-    "The folder of a data set. A string that begins with '.', '~' or '/' is a path, any other an identifier"
-    if isinstance(where, str) and not where.startswith((".", "~")) and not Path(where).is_absolute():
-        return datasets_root() / where
-    return Path(where).expanduser()
-
-# %% ../../nbs/memory/06_dataset.ipynb #9d2a3b10
-def open_dataset(
-    dataset: Any,  # a `MinariDataset`, an identifier, or a path: of the data set's folder, or of the `data` in it
-    download: bool = False,  # fetch an identifier that is not here
-) -> Any:  # a `MinariDataset`
-    "A data set. Raises LookupError where there is none, and ValueError where Minari cannot read it"
-    minari = minari_library()
-    if isinstance(dataset, minari.MinariDataset):
-        return dataset
-    if not isinstance(dataset, (str, Path)):
-        raise TypeError(message("open_dataset", "dataset", f"is {shape_of(dataset)}", "a MinariDataset, an identifier such as 'pendulum/sac-v0', or a path"))
-    folder = dataset_folder(dataset)
-    data = _data_in(folder)
-    if data is None and download:
-        _fetch(minari, str(dataset))
-        data = _data_in(folder)
-    if data is None:
-        raise LookupError(_not_here(dataset, folder))
-    try:
-        return minari.MinariDataset(data)
-    except Exception as e:  # Minari's own checks are assertions and look-ups
-        raise ValueError(message("open_dataset", "dataset", f"at {data} cannot be read ({type(e).__name__}: {str(e)[:300]})", f"a data set that Minari {minari.__version__} reads")) from e
-
-
-def _data_in(folder):
-    return next((p for p in (folder / "data", folder) if (p / "metadata.json").is_file()), None)
-
-
-def _not_here(dataset, folder):
-    root = datasets_root()
-    here = sorted(p.parent.parent.relative_to(root).as_posix() for p in root.glob("**/data/metadata.json"))
-    known = f"there are {here[:9]}" if here else f"there are none below {root}"
-    near = suggest(str(dataset), here)
-    return message("open_dataset", "dataset", f"is {str(dataset)!r}, and {folder} holds no data set ({known})", "a data set on this machine",
-                   f"{near + ' ' if near else ''}Make one with DatasetWriter or minari.create_dataset_from_buffers; where there is a network, open_dataset({str(dataset)!r}, download=True) "
-                   "fetches a public one; MINARI_DATASETS_PATH says where they are kept")
-
-# %% ../../nbs/memory/06_dataset.ipynb #7f82a1fc
-PATIENCE = 5.0  # seconds for an attempt to reach the server
-
-
-def _fetch(minari, name):
-    "Let Minari download, if the server can be reached. Raises LookupError that says what was tried"
-    remote = os.environ.get("MINARI_REMOTE", "hf://farama-minari")
-    host = "storage.googleapis.com" if remote.startswith("gcp") else "huggingface.co"
-    why = _unreachable(host)
-    if not why:
-        try:
-            return minari.download_dataset(name)
-        except Exception as e:  # whatever the library of the remote raises
-            why = f"{type(e).__name__}: {str(e)[:300]}"
-    raise LookupError(message("open_dataset", "dataset", f"{name!r} is not in {dataset_folder(name)} and could not be fetched from {remote} ({why})", "a data set on this machine, or a network",
-                              f"copy its folder to {datasets_root()} from a machine that has it, or record one with DatasetWriter"))
-
-
-def _unreachable(host):
-    "Why a host cannot be connected to within PATIENCE; empty where it can. Looking a name up has no deadline of its own, so it has a thread"
-    found = [f"{host} did not answer within {PATIENCE} seconds"]
-
-    def attempt():
-        import socket
-        try:
-            socket.create_connection((host, 443), PATIENCE).close()
-            found[0] = ""
-        except OSError as e:
-            found[0] = f"{host} cannot be reached: {e}"
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    return found[0]
+__all__ = ['policy_units', 'Episodes', 'DataMark', 'DatasetSteps', 'telling', 'DatasetMemory', 'memory_from_dataset']
 
 # %% ../../nbs/memory/06_dataset.ipynb #117e2325
 _LEAVES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
@@ -402,36 +305,3 @@ def memory_from_dataset(
     for step in steps:
         memory.write(step)
     return memory.filled_from(episodes)
-
-# %% ../../nbs/memory/06_dataset.ipynb #270bf426
-def reference_scores(
-    reference: Any,  # (random, expert), or a data set that says so: `MinariDataset`, identifier, path, `Episodes`, `DatasetMemory`
-) -> tuple[float, float]:  # mean returns of a random policy and of an expert
-    "The two ends of the scale. Raises ValueError where a data set does not have them"
-    if isinstance(reference, DatasetMemory):
-        reference = reference.episodes
-    if isinstance(reference, (tuple, list)):
-        if len(reference) != 2:
-            raise ValueError(message("normalized_score", "reference", f"has {len(reference)} numbers", "two: (random, expert)"))
-        ends = tuple(reference)
-    else:
-        dataset = reference.dataset if isinstance(reference, Episodes) else open_dataset(reference)
-        ends = tuple(dataset.storage.metadata.get(k) for k in ("ref_min_score", "ref_max_score"))
-        if None in ends:
-            raise ValueError(message("normalized_score", "reference", f"is {dataset.id!r}, whose metadata has ref_min_score {ends[0]} and ref_max_score {ends[1]}", "a data set with both",
-                                     "give (random, expert) mean returns; DatasetWriter(reference=(random, expert)) writes them down"))
-    for field, value in zip(("random", "expert"), ends):
-        check_number("normalized_score", field, value)
-    if ends[0] == ends[1]:
-        raise ValueError(message("normalized_score", "reference", f"is {ends}", "two numbers that differ"))
-    return float(ends[0]), float(ends[1])
-
-
-def normalized_score(
-    returns: Any,  # undiscounted returns of episodes: a number, or an array
-    reference: Any,  # (random, expert), or a data set; see `reference_scores`
-) -> Any:  # float64, of the same shape
-    "0 for a random policy, 100 for an expert. Source: Fu et al. 2020, section 5"
-    random, expert = reference_scores(reference)
-    scores = 100 * (np.asarray(returns, np.float64) - random) / (expert - random)
-    return float(scores) if scores.ndim == 0 else scores

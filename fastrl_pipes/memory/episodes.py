@@ -208,5 +208,5 @@ class EpisodeWriter(ReplayWriter):
 
     def probe(self, item: Any) -> tuple:
         if isinstance(item, SimpleStep):
-            EpisodeIndex(self.memory.max_sz).read(str(self), item)
+            EpisodeIndex(1).read(str(self), item)
         return super().probe(item)

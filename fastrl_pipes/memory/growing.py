@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import check_choice, message
-from .dataset import dataset_folder, datasets_root, minari_library
+from .dataset_files import dataset_folder, datasets_root, minari_library
+from .linked_parts import MAIN, LinkedParts, new_mark, put_in_place, sync_file
 
 # %% auto #0
-__all__ = ['FORMATS', 'ABOUT', 'MAIN', 'dataset_id', 'LinkedParts', 'GrowingDataset']
+__all__ = ['FORMATS', 'ABOUT', 'dataset_id', 'GrowingDataset']
 
 # %% ../../nbs/memory/08_growing.ipynb #1e10bf62
 FORMATS = ("hdf5", "arrow", "parquet")
@@ -43,10 +43,7 @@ def dataset_id(
     name = re.sub(r"[^-\w]", "-", folder.resolve().name) or "data"
     return name if re.search(r"-v\d+$", name) else f"{name}-v0"
 
-# %% ../../nbs/memory/08_growing.ipynb #5b5e784e
-MAIN = "main_data.hdf5"  # as Minari calls it
-
-
+# %% ../../nbs/memory/08_growing.ipynb #d88d8678
 def _import_library(form):
     "Minari, and what it needs for a format; now, and not with the first episode"
     minari_library()
@@ -57,114 +54,6 @@ def _import_library(form):
         raise ValueError(message("GrowingDataset", "data_format", f"is {form!r}, for which {library.split('.')[0]} is not installed", "an installed library", 'pip install "fastrl_pipes[offline]"')) from e
 
 
-def _mark():
-    return uuid.uuid4().hex[:8]
-
-
-def _sync(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _put(beside, place):
-    "A file takes another's place, for good"
-    _sync(beside)
-    os.replace(beside, place)
-    _sync(place.parent)
-
-
-class LinkedParts:
-    "The HDF5 files of a data set: a main file of links to parts, or, joined, one of episodes"
-
-    def __init__(
-        self,
-        data: Path,  # the folder
-    ):
-        self.data, self.main = data, data / MAIN
-
-    def _changed(self, change):
-        "Put a changed copy of the main file in its place; it holds links alone"
-        import h5py
-        beside = self.data / f".main-{_mark()}"
-        shutil.copy(self.main, beside)
-        with h5py.File(beside, "r+", track_order=True) as file:
-            change(file)
-        _put(beside, self.main)
-
-    def _is_joined(self):
-        import h5py
-        with h5py.File(self.main, "r") as file:
-            return any(not isinstance(file.get(name, getlink=True), h5py.ExternalLink) for name in file)
-
-    def _unjoin(self, count):
-        import h5py
-        if not self._is_joined():
-            return
-        part, beside = self.data / f"part-{_mark()}.hdf5", self.data / f".main-{_mark()}"
-        try:
-            os.link(self.main, part)
-        except OSError:  # a file system without second names
-            shutil.copy(self.main, part)
-        with h5py.File(beside, "w", track_order=True) as file:
-            for i in range(count):
-                file[f"episode_{i}"] = h5py.ExternalLink(part.name, f"episode_{i}")
-        _put(beside, self.main)
-
-    def take_in(
-        self,
-        file: Path,  # with episodes numbered from zero
-        numbers: range,  # that they get
-    ) -> None:
-        "Add a file of episodes; it is moved"
-        import h5py
-        with h5py.File(file, "r+") as f:
-            for i in reversed(range(len(numbers))):
-                f.move(f"episode_{i}", f"episode_{numbers[i]}")
-                f[f"episode_{numbers[i]}"].attrs["id"] = numbers[i]
-        part = self.data / f"part-{_mark()}.hdf5"
-        _put(file, part)
-        self._unjoin(numbers[0])
-
-        def link(main):
-            for i in numbers:
-                if f"episode_{i}" in main:
-                    del main[f"episode_{i}"]  # what an end in between left
-                main[f"episode_{i}"] = h5py.ExternalLink(part.name, f"episode_{i}")
-        self._changed(link)
-
-    def cut(
-        self,
-        was: int,  # episodes so far
-        now: int,  # how many stay
-    ) -> None:
-        "Leave the last ones out; their bytes go when the parts are joined"
-        self._unjoin(was)
-
-        def unlink(main):
-            for i in range(now, was):
-                del main[f"episode_{i}"]
-        self._changed(unlink)
-
-    def join(
-        self,
-        count: int,  # episodes
-    ) -> None:
-        "One file, and no parts"
-        import h5py
-        if self._is_joined():
-            return
-        beside = self.data / f".main-{_mark()}"
-        with h5py.File(self.main, "r") as parts, h5py.File(beside, "w", track_order=True) as file:
-            for i in range(count):
-                parts.copy(parts[f"episode_{i}"], file, f"episode_{i}")
-        _put(beside, self.main)
-        for part in self.data.glob("part-*.hdf5"):
-            part.unlink()
-
-# %% ../../nbs/memory/08_growing.ipynb #aad549b9
 class GrowingDataset:
     "The folder of a data set that episodes are added to. Raises ValueError where another kind of data is there already"
 
@@ -229,7 +118,7 @@ class GrowingDataset:
         self._check_rewards(episodes)
         first, numbers = len(self), range(len(self), len(self) + len(episodes))
         self.folder.mkdir(parents=True, exist_ok=True)
-        stage = self.folder / f".new-{_mark()}"
+        stage = self.folder / f".new-{new_mark()}"
         try:
             ids = [None] * len(episodes) if self.format == "hdf5" else numbers  # HDF5 files are numbered from zero
             self._new(stage).update_episodes([replace(e, id=i) for e, i in zip(episodes, ids)])
@@ -259,9 +148,9 @@ class GrowingDataset:
     def _publish(self, stage):
         "The first episodes: the folder itself takes its place"
         for path in stage.rglob("*"):
-            _sync(path)
+            sync_file(path)
         os.rename(stage, self.data)
-        _sync(self.folder)
+        sync_file(self.folder)
         if self.folder.is_relative_to(datasets_root()) and "/" in self.id:
             from minari.namespace import create_namespace, list_local_namespaces
             namespace = self.id.rpartition("/")[0]
@@ -272,14 +161,14 @@ class GrowingDataset:
         "Arrow and Parquet: a folder an episode"
         for i in numbers:
             for path in (stage / str(i)).iterdir():
-                _sync(path)
+                sync_file(path)
             shutil.rmtree(self.data / str(i), ignore_errors=True)  # what an end in between left
             os.rename(stage / str(i), self.data / str(i))
 
     def _write_metadata(self, **facts):
-        beside = self.data / f".metadata-{_mark()}"
+        beside = self.data / f".metadata-{new_mark()}"
         beside.write_text(json.dumps({**self._metadata(), **facts}))
-        _put(beside, self.data / "metadata.json")
+        put_in_place(beside, self.data / "metadata.json")
 
     def cut(
         self,

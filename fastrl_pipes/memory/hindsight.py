@@ -78,7 +78,10 @@ class HindsightReplay(ExperienceReplay):
     # Binding
     def on_bind(self, context: Context) -> None:
         super().on_bind(context)
-        self._episodes = next(p.episodes for p in traverse(self) if isinstance(p, EpisodeWriter) and p.memory is self.memory)
+        writer = next((p for p in traverse(self) if isinstance(p, EpisodeWriter) and p.memory is self.memory), None)
+        if writer is None:
+            raise LookupError(message(str(self), "source", "has no EpisodeWriter of this replay's memory", "the one that it was made with"))
+        self._episodes = writer.episodes
         if self.k == 0:
             return
         goal = _goal_space(str(self), context.observation_space)

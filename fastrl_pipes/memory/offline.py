@@ -149,7 +149,7 @@ class MixedReplay(ExperienceReplay):
         here, there = ({p: (d, s) for p, d, s in x.columns} for x in (layout, self.data.layout))
         for field in [*here, *there]:
             if here.get(field) != there.get(field):
-                (came, kept), hint = (f"{x[0]} {list(x[1])}" if x else "missing" for x in (here.get(field), there.get(field))), ""
+                (came, kept), hint = (f"{x[0]} {list(x[1])}" if x else "not there" for x in (here.get(field), there.get(field))), ""
                 if field == "discount":
                     hint = "merge the same number of steps in both: memory_from_dataset(data, nsteps=..., discount=...)"
                 raise ValueError(message(str(self), field, f"of the steps is {came}", f"{kept}, as in the data", hint))

@@ -51,7 +51,7 @@ class PrioritizedSampler(ReplaySampler):
 
     def announce(self, context: Context) -> None:
         if context.priorities not in (None, self.update):
-            raise ValueError(message(str(self), "priorities", "are kept by another pipe of this stack", "one prioritised replay in a stack"))
+            raise ValueError(message(str(self), "priorities", "is kept by another pipe of this stack", "one prioritised replay in a stack"))
         context.announce(str(self), priorities=self.update)
 
     def on_bind(self, context: Context) -> None:
@@ -145,7 +145,7 @@ class PrioritizedSampler(ReplaySampler):
         low, high, first, last = error[error.argmin()], error[error.argmax()], index[index.argmin()], index[index.argmax()]  # `argmin` is quicker than `min`, and finds a NaN, too
         if not (low >= 0 and high < math.inf):
             bad = error[~((error >= 0) & (error < math.inf))]
-            raise ValueError(message(str(self), "td_error", f"is {bad[0]} in one of {len(bad)} rows of {len(error)}", "finite numbers that are not negative",
+            raise ValueError(message(str(self), "td_error", f"is {bad[0]} in {len(bad)} of {len(error)} rows", "finite numbers that are not negative",
                                      "absolute values are wanted" if low < 0 else "has the critic diverged?"))
         if not 0 <= first <= last < self.memory.size:
             raise ValueError(message(str(self), "index", f"is in [{first}, {last}]", f"in [0, {self.memory.size}), the rows of the memory", "is it of another replay?"))

@@ -10,14 +10,14 @@ import math
 import torch
 from torch import nn
 
-from ..errors import message
+from ..errors import check_number, message
 
 # %% auto #0
 __all__ = ['Temperature']
 
 # %% ../../nbs/networks/08_temperature.ipynb #c21f39b3
 class Temperature(nn.Module):
-    "No input, the temperature [] out. Raises ValueError where the first value is not positive. Source: Haarnoja 2018b, section 5"
+    "No input, the temperature [] out. Raises ValueError where the first value is not positive, TypeError where it is no number. Source: Haarnoja 2018b, section 5"
 
     def __init__(
         self,
@@ -26,6 +26,7 @@ class Temperature(nn.Module):
         dtype: torch.dtype | None = None,  # of the parameter, the networks' own; None: torch's default. Said here, `initial` is not rounded first
     ):
         super().__init__()
+        check_number("Temperature", "initial", initial, 0, hint="None, where a learner asks for alpha, learns it")
         if not initial > 0:
             raise ValueError(message("Temperature", "initial", f"is {initial}", "a positive number"))
         self.initial = float(initial)
