@@ -34,6 +34,7 @@ from fastrl_pipes.exploration.noise import Exploration, GaussianNoise, OrnsteinU
 from fastrl_pipes.learner.datablock import EpochLength
 from fastrl_pipes.learner.dataset_writer import DatasetWriter
 from fastrl_pipes.learner.head import LearnerHead
+from fastrl_pipes.learner.joint import JointOptStepper
 from fastrl_pipes.learner.optimizers import BasicOptStepper
 from fastrl_pipes.loggers.collectors import BatchCollector, EpisodeCollector, EpocherCollector, LossCollector, RollingTerminatedRewardCollector
 from fastrl_pipes.loggers.video import VideoCollector
@@ -44,6 +45,7 @@ from fastrl_pipes.memory.hindsight import HindsightReplay
 from fastrl_pipes.memory.offline import MixedReplay, OfflineReplay
 from fastrl_pipes.memory.prioritized import PrioritizedReplay, PrioritizedSampler
 from fastrl_pipes.networks.ensemble import Critics
+from fastrl_pipes.networks.ensemble import Value as StateValue
 from fastrl_pipes.networks.policies import GaussianActor
 from fastrl_pipes.networks.targets import target_of
 from fastrl_pipes.networks.temperature import Temperature
@@ -55,9 +57,12 @@ from fastrl_pipes.pipes.nstep import FirstLastMerger, NSkipper, NStepFlattener, 
 from fastrl_pipes.pipes.tape import Tap, Tape
 from fastrl_pipes.processors.core import LossProcessor
 from fastrl_pipes.agents.hddpg import HystereticCriticLossProcessor
+from fastrl_pipes.agents.iql import EpsilonPolicyRunner
 from fastrl_pipes.loggers.signals import SignalCollector
 from fastrl_pipes.processors.dpg import ActorLossProcessor, CriticLossProcessor
-from fastrl_pipes.processors.entropy import SoftActorLossProcessor, SoftCriticLossProcessor, TemperatureLossProcessor
+from fastrl_pipes.processors.entropy import SoftActorLossProcessor, SoftCriticLossProcessor, SoftValueLossProcessor, TemperatureLossProcessor, ValueCriticLossProcessor
+from fastrl_pipes.processors.imitation import CloningLossProcessor
+from fastrl_pipes.processors.iql import IQLActorLossProcessor, IQLCriticLossProcessor, IQLValueLossProcessor
 from fastrl_pipes.processors.targets import SoftTargetUpdater
 from fastrl_pipes.processors.td import TDLossProcessor
 
@@ -227,6 +232,17 @@ def scored(n: int = 6) -> list[SampledStep]:
     return [SampledStep.of(b, weight=torch.rand(BS, 1, generator=g), index=torch.arange(BS) + i, log_prob=torch.randn(BS, 1, generator=g)) for i, b in enumerate(batches(n))]
 
 
+def scored_and_valued() -> list:
+    "Batches with what the policy's loss says of the actions that it drew"
+    return [SampledStep.of(b, value=b.reward * 2) for b in scored()]
+
+
+def valued(n: int = 6) -> list[SampledStep]:
+    "Batches of which a critic has said what their actions are worth; every other one with weights"
+    g = torch.Generator().manual_seed(9)
+    return [SampledStep.of(b, value=torch.randn(BS, 1, generator=g), weight=torch.rand(BS, 1, generator=g) if i % 2 else None) for i, b in enumerate(batches(n))]
+
+
 def losses_and_batches(parts: SimpleNamespace, n: int = 5) -> list:
     "A loss of the critic, a loss of the actor, a loss of nobody in particular, and their batch"
     items: list = []
@@ -281,16 +297,27 @@ class NormedPolicy(GaussianActor):
         return super().forward(self.norm(state), action, noise)
 
 
+class NormedValue(StateValue):
+    "V(s) with batch norm"
+
+    def __init__(self):
+        super().__init__(S, (8,))
+        self.norm = nn.BatchNorm1d(S)
+
+    def forward(self, state):
+        return super().forward(self.norm(state))
+
+
 def networks() -> SimpleNamespace:
     "Small networks, most of them with batch norm, the same ones at each call"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         actor, critic = Policy(), Value()
-        policy, twins, temperature = NormedPolicy(), Critics(S, A, 2, (8,)), Temperature(0.3)
+        policy, twins, temperature, worth = NormedPolicy(), Critics(S, A, 2, (8,)), Temperature(0.3), NormedValue()
     t_actor, t_critic, t_twins = target_of(actor), target_of(critic), target_of(twins)
     for t in (*t_actor.parameters(), *t_critic.parameters(), *t_twins.parameters()):
         t.data += 0.3  # they have a way to go
-    return SimpleNamespace(actor=actor, critic=critic, t_actor=t_actor, t_critic=t_critic, policy=policy, twins=twins, t_twins=t_twins, temperature=temperature)
+    return SimpleNamespace(actor=actor, critic=critic, t_actor=t_actor, t_critic=t_critic, policy=policy, twins=twins, t_twins=t_twins, temperature=temperature, worth=worth)
 
 
 class Plain(nn.Module):
@@ -525,6 +552,10 @@ TABLE: dict[type, dict[str, Entry]] = {
     SoftActorLossProcessor: {"": learning(lambda s, p: SoftActorLossProcessor(s, p.twins, p.policy, p.temperature)),
                              "single": learning(lambda s, p: SoftActorLossProcessor(s, p.critic, p.policy, p.temperature)),
                              "signals": learning(lambda s, p: SoftActorLossProcessor(s, p.twins, p.policy, p.temperature, signals=True))},
+    SoftValueLossProcessor: {"": learning(lambda s, p: SoftValueLossProcessor(s, p.worth), lambda p: scored_and_valued()),
+                             "signals": learning(lambda s, p: SoftValueLossProcessor(s, p.worth, signals=True), lambda p: scored_and_valued())},
+    ValueCriticLossProcessor: {"": learning(lambda s, p: ValueCriticLossProcessor(s, p.twins, p.worth)),
+                               "scaled, signals": learning(lambda s, p: ValueCriticLossProcessor(s, p.critic, p.worth, 0.9, 5.0, signals=True), lambda p: scored())},
     TemperatureLossProcessor: {"": learning(lambda s, p: TemperatureLossProcessor(s, p.temperature), lambda p: scored()),
                                "given": learning(lambda s, p: TemperatureLossProcessor(s, p.temperature, -0.5), lambda p: scored())},
     BasicOptStepper: {"": learning(lambda s, p: BasicOptStepper(s, p.critic, 1e-2), losses_and_batches,
@@ -532,6 +563,18 @@ TABLE: dict[type, dict[str, Entry]] = {
                       "filters": learning(lambda s, p: BasicOptStepper(s, p.critic, 1e-2, filter=True), losses_and_batches),
                       "momentum": learning(lambda s, p: BasicOptStepper(s, p.critic, 1e-2, partial(torch.optim.SGD, momentum=0.9)), losses_and_batches),
                       "adds up": learning(lambda s, p: BasicOptStepper(s, p.critic, 1e-2, do_zero_grad=False), losses_and_batches)},
+    IQLValueLossProcessor: {"": learning(lambda s, p: IQLValueLossProcessor(s, p.worth, p.t_twins)),
+                            "weighted": learning(lambda s, p: IQLValueLossProcessor(s, p.worth, p.t_critic, 0.9, (-1.0,), signals=True), lambda p: scored())},
+    IQLCriticLossProcessor: {"": learning(lambda s, p: IQLCriticLossProcessor(s, p.twins, p.worth)),
+                             "weighted": learning(lambda s, p: IQLCriticLossProcessor(s, p.critic, p.worth, calculate_priority=False, signals=True), lambda p: scored())},
+    IQLActorLossProcessor: {"": learning(lambda s, p: IQLActorLossProcessor(s, p.policy, p.worth), lambda p: valued()),
+                            "signals": learning(lambda s, p: IQLActorLossProcessor(s, p.policy, p.worth, 0.3, 2.0, (2.0,), signals=True), lambda p: valued())},
+    CloningLossProcessor: {"": learning(lambda s, p: CloningLossProcessor(s, p.policy)), "deterministic": learning(lambda s, p: CloningLossProcessor(s, p.actor, signals=True)),
+                           "weighted": learning(lambda s, p: CloningLossProcessor(s, p.policy), lambda p: scored())},
+    JointOptStepper: {"": learning(lambda s, p: JointOptStepper(s, [p.critic, p.actor], 1e-2), losses_and_batches),
+                      "rates": learning(lambda s, p: JointOptStepper(s, [p.actor, p.critic], (1e-2, 1e-3), partial(torch.optim.SGD, momentum=0.9), filter=True), losses_and_batches)},
+    EpsilonPolicyRunner: {"": learning(lambda s, p: EpsilonPolicyRunner(s, p.policy), lambda p: to_act_on(), context={"action_space": BOX}),
+                          "mode": learning(lambda s, p: EpsilonPolicyRunner(s, p.policy, deterministic=True, epsilon=0.5), lambda p: to_act_on())},
     HystereticCriticLossProcessor: {"": learning(lambda s, p: HystereticCriticLossProcessor(s, p.critic, p.t_actor, p.t_critic, q_decrease_rate=0.25))},
     SoftTargetUpdater: {"": learning(lambda s, p: SoftTargetUpdater(s, p.critic, tau=0.1, target_model=p.t_critic)),
                         "own, every 3": learning(lambda s, p: SoftTargetUpdater(s, p.critic, 3, 1.0))},

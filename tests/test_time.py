@@ -22,6 +22,7 @@ from fastrl_pipes.envs.inprocess import EnvRows
 from fastrl_pipes.envs.spaces import BoxScaler
 from fastrl_pipes.envs.stepper import GymStepper
 from fastrl_pipes.exploration.noise import Exploration, GaussianNoise, OrnsteinUhlenbeck
+from fastrl_pipes.learner import compose
 from fastrl_pipes.learner.head import LearnerHead
 from fastrl_pipes.memory.experience_replay import ReplayMemory, ReplayWriter
 from fastrl_pipes.networks.actor_critic import Actor, Critic
@@ -570,13 +571,13 @@ def rows_lost_at_the_head(self, step, first):
 
 def counted_behind_the_windows(monkeypatch):
     "The collectors stand where the samples are, and see an end once per window"
-    merged = ddpg.with_nsteps
+    merged = compose.with_nsteps
 
     def late(who, pipe, nsteps, discount):
         pipe = merged(who, pipe, nsteps, discount)
         return ddpg.RollingTerminatedRewardCollector(ddpg.EpisodeCollector(pipe))
-    monkeypatch.setattr(ddpg, "with_collectors", lambda pipe: pipe)
-    monkeypatch.setattr(ddpg, "with_nsteps", late)
+    monkeypatch.setattr(compose, "with_collectors", lambda pipe: pipe)
+    monkeypatch.setattr(compose, "with_nsteps", late)
 
 
 def seeded_every_time(reset, rows, all_rows):

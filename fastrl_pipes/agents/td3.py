@@ -29,6 +29,7 @@ from ..networks.ensemble import Critics
 from ..networks.initializers import keep_weights
 from ..networks.targets import target_of
 from ..pipes.control import Every, Inlet
+from ..pipes.draws import Draws
 from ..processors.dpg import ActorLossProcessor, CriticLossProcessor
 from ..processors.targets import SoftTargetUpdater
 
@@ -51,7 +52,7 @@ def TD3Agent(
     return AgentHead(pipe, name="TD3Agent")
 
 # %% ../../nbs/agents/20_td3.ipynb #9545abe7
-class SmoothedCriticLossProcessor(CriticLossProcessor):
+class SmoothedCriticLossProcessor(Draws, CriticLossProcessor):
     "Batch in, the critics' loss with a smoothed target action out, then the batch"
 
     def __init__(

@@ -89,7 +89,8 @@ class HindsightReplay(ExperienceReplay):
         self._reward, self._terminated = (self._method(field) for field in ("compute_reward", "compute_terminated"))
         if self._reward is None:
             steppers = [f"{p} ({p.backend.names[0]})" for p in find_pipes(self, lambda p: hasattr(p, "env_method"))]
-            raise LookupError(message(str(self), "compute_reward", f"is None, and {' and '.join(steppers) or 'nothing upstream'} has no such method",
+            who = f"{' and '.join(steppers)} has no such method" if steppers else "nothing upstream has such a method"
+            raise LookupError(message(str(self), "compute_reward", f"is None, and {who}",
                                       "a goal environment's compute_reward(achieved_goal, desired_goal, info), or a function", "see gymnasium-robotics' GoalEnv"))
         if goal is not None:
             self._check_methods(*_made_up(goal))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core import SimpleStep, spawn_seed, to_numpy
+from ..core import SimpleStep, spawn_seed
 from ..errors import CheckpointError, check_number, message, shape_of
 from .counting import StepCount
 from .experience_replay import ExperienceReplay, ReplayMemory, ReplaySampler, ReplayWriter, behind_a_writer
@@ -96,9 +96,11 @@ class PrioritizedSampler(ReplaySampler):
         if self._batch is False:
             batch = memory.gather(at.to(memory.device), self.context.device, self.context.dtype)
         else:
-            batch, at = self._batch, at.to(memory.device)
+            batch, at = self._batch, at if self._rows.is_cpu else at.to(memory.device)
             torch.index_select(memory.rows, 0, at, out=self._rows)
-        batch.index, batch.weight = at.to(batch.reward.device), self._weights(weight, batch.reward.device)
+        if not batch.reward.is_cpu:
+            at = at.to(batch.reward.device)
+        batch.index, batch.weight = at, self._weights(weight, batch.reward.device)
         return (batch,)
 
     def _take_in(self):
@@ -118,7 +120,11 @@ class PrioritizedSampler(ReplaySampler):
 
     def _weights(self, weight, device):
         "[B, 1], as the networks have it"
-        return torch.from_numpy(weight[:, None]).to(device, self.context.dtype or getattr(torch, self.memory.float_dtype))
+        dtype = self.context.dtype or getattr(torch, self.memory.float_dtype)
+        if dtype is torch.float32:
+            weight = weight.astype(np.float32)
+        out = torch.from_numpy(weight).unsqueeze(1)
+        return out if out.dtype is dtype and device.type == "cpu" else out.to(device, dtype)
 
     def update(
         self,
@@ -126,7 +132,8 @@ class PrioritizedSampler(ReplaySampler):
         td_error: torch.Tensor,  # [B] float, of these rows; absolute values
     ) -> None:
         "Take note of errors: what `Context.priorities` is. Raises ValueError for one that is NaN, infinite or negative, and for a row that is not there"
-        index, error = to_numpy(index), to_numpy(td_error.float() if td_error.dtype is torch.bfloat16 else td_error)
+        error = td_error.detach() if td_error.dtype is not torch.bfloat16 else td_error.detach().float()
+        index, error = index.cpu().numpy(), error.cpu().numpy()
         self._check(index, error)
         priority = np.add(error, self.eps, dtype=np.float64) ** self.alpha
         if new := self._take_in():  # written after the batch was drawn: these are not the rows that the errors are of

@@ -75,7 +75,8 @@ class SumTree:
         weight: np.ndarray,  # [B] float64, finite and not negative
     ) -> None:
         "`set` for a caller that has looked at both already"
-        if not (index[1:] > index[:-1]).all():
+        rising = index[1:] > index[:-1]
+        if len(rising) and not rising[rising.argmin()]:  # quicker than `all`
             index, weight = _last_of_each(index, weight)
         self.leaves[index] = weight
         for below, above in self._up:
@@ -138,7 +139,7 @@ class SumTree:
             rest -= left
             index += right
         weight = self.leaves[index]
-        if not weight[weight.argmin()] > 0:  # at the very end of a node, rounding may have led past its last weight
+        if len(weight) and not weight[weight.argmin()] > 0:  # at the very end of a node, rounding may have led past its last weight
             index = self._before(index)
             weight = self.leaves[index]
         return index, weight

@@ -27,7 +27,7 @@ __all__ = ['SoftCriticLossProcessor', 'SoftActorLossProcessor', 'TemperatureLoss
            'ValueCriticLossProcessor']
 
 # %% ../../nbs/processors/04_entropy.ipynb #d41dcbda
-class SoftCriticLossProcessor(TDLossProcessor):
+class SoftCriticLossProcessor(Draws, TDLossProcessor):
     "Batch in, the soft critics' loss out, then the batch"
     NETWORKS = ("critic", "actor", "t_critic", "temperature")
 

@@ -5,6 +5,7 @@
 # %% ../../nbs/processors/03_td.ipynb #8f8da641
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ from .core import LossProcessor, check_network, check_value
 __all__ = ['TDLossProcessor']
 
 # %% ../../nbs/processors/03_td.ipynb #151b7271
-class TDLossProcessor(Draws, LossProcessor):
+class TDLossProcessor(LossProcessor):
     "Base of critics' losses. A subclass defines `target(batch)` and, where it has more than these two, its networks"
     NETWORKS = ("critic", "t_critic")
     signals = False  # say how the estimates stand, for a `SignalCollector`?
@@ -117,7 +118,7 @@ class TDLossProcessor(Draws, LossProcessor):
     def probe(self, item: Any) -> tuple:
         out = super().probe(item)
         if isinstance(item, SimpleStep) and item.truncated is not None:
-            with buffers_kept(*self.modules().values()), torch.no_grad(), self.undrawn():
+            with buffers_kept(*self.modules().values()), torch.no_grad(), self.undrawn() if isinstance(self, Draws) else contextlib.nullcontext():
                 cut = self.loss(item.replace(truncated=~item.truncated))
             if not torch.equal(cut[0] if type(cut) is tuple else cut, out[0]["loss"]):
                 raise ValueError(message(str(self), "loss", "changes with 'truncated'", "a target that only 'terminated' stops",
