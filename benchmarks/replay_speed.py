@@ -6,11 +6,11 @@ Operations per CPU second, medians over interleaved rounds in one process:
 
 - `add one`: rows per second, written one by one by a `ReplayWriter`, as one environment gives them; `add 64`: rows per second, in steps of 64.
 - `sample`: batches per second that a `ReplaySampler` draws uniformly.
-- `prioritised`: batches per second that a `PrioritizedSampler` draws, each followed by an update of its 256 priorities with errors as a critic would report them, new ones for every batch.
+- `prioritised`: batches per second that a `PrioritizedSampler` draws, each followed by an update of its 256 priorities with the errors of these rows.
 - `prioritised, fed`: the same, with one row written before each batch, which gets its priority, too: what one step of training asks of a replay.
 - `tree`: of these, what the sum tree does: draw 256 places and set their weights.
 
-Memories are full, and the heads of errors are as uneven as a learning critic's: absolute values of a normal number, cubed.
+Memories are full. Every row has an error of its own, the absolute value of a normal number, cubed: as uneven as those of a critic that learns.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def step(rows):
                       episode_n=np.zeros((rows, 1), np.int64), env_id=np.arange(rows)[:, None])
 
 
-def errors(n=64):
-    "Batches of absolute errors, as a critic's loss hands them over"
-    return [torch.randn(BS).pow(3).abs() for _ in range(n)]
+def errors(size):
+    "Of every row, as a critic's loss would find them"
+    return torch.randn(size).pow(3).abs()
 
 
 def started(pipe):
@@ -71,30 +71,25 @@ def uniform(size):
 
 
 def prioritised(size, fed):
-    memory, item, reported = filled(size), step(1), errors()
-    sampler, count = started(PrioritizedSampler([], memory, BS)), 0
+    memory, item, error = filled(size), step(1), errors(size)
+    sampler = started(PrioritizedSampler([], memory, BS))
+    sampler.update(torch.arange(size), error)
 
     def go():
-        nonlocal count
         if fed:
             memory.write(item)
         (batch,) = sampler.forward(item)
-        count += 1
-        sampler.update(batch.index, reported[count % len(reported)])
-    for _ in range(4 * size // BS if not fed else 1000):  # priorities as after a while
-        go()
+        sampler.update(batch.index, error.index_select(0, batch.index))
     return go, 1, 2000
 
 
 def tree(size):
-    rng, sums, weights, count = np.random.default_rng(0), SumTree(size), [e.double().numpy() ** 0.6 for e in errors()], 0
-    sums.fill(0, size, np.abs(rng.standard_normal(size)) ** 1.8)
+    rng, sums, weights = np.random.default_rng(0), SumTree(size), errors(size).double().numpy() ** 0.6
+    sums.fill(0, size, weights)
 
     def go():
-        nonlocal count
         index, _ = sums.sample(BS, rng)
-        count += 1
-        sums.put(index, weights[count % len(weights)])
+        sums.put(index, weights[index])
     return go, 1, 2000
 
 

@@ -21,8 +21,8 @@ from .learner.registry import Algorithm, algorithm_names, get_algorithm
 from .learner.settings import Reader, UsageError, flag, settings_of
 
 # %% auto #0
-__all__ = ['NOT_KEPT', 'DEFAULT_ENV_STEPS', 'OUR_ERRORS', 'COMMANDS', 'merged', 'resolve', 'train', 'describe', 'flatten', 'play',
-           'report', 'main']
+__all__ = ['NOT_KEPT', 'DEFAULT_ENV_STEPS', 'DEFAULT_EPOCHS', 'OUR_ERRORS', 'COMMANDS', 'merged', 'resolve', 'train', 'describe',
+           'flatten', 'play', 'report', 'main']
 
 # %% ../nbs/90_cli.ipynb #5de3ba23
 def _of_a_command(
@@ -43,6 +43,7 @@ def _of_training(
 
 NOT_KEPT = ("config", "print_config", "debug", "out", "overwrite", "resume")  # options that config.yaml does not hold
 DEFAULT_ENV_STEPS = 20_000  # the budget where neither the command line nor a file or preset has one
+DEFAULT_EPOCHS = 20  # the same for learning from data, where nothing is stepped
 
 # %% ../nbs/90_cli.ipynb #26fe693d
 def _algorithm_reader(algorithm, command):
@@ -163,9 +164,12 @@ def train(
     "Train a learner into a run folder"
     algorithm, values = resolve("train", tokens)
     if values["epochs"] is None and values["env_steps"] is None:
-        values["env_steps"] = DEFAULT_ENV_STEPS
+        values |= {"epochs": DEFAULT_EPOCHS} if _from_data(algorithm, values) else {"env_steps": DEFAULT_ENV_STEPS}
     if values["epochs"] is not None and values["env_steps"] is not None:
         raise UsageError(message("fastrl_pipes train", "--epochs", "is given beside --env-steps", "one budget"))
+    if values["env_steps"] is not None and _from_data(algorithm, values):
+        raise UsageError(message("fastrl_pipes train", "--env-steps", f"is {values['env_steps']}", "--epochs", f"{algorithm.name} learns from data here, and nothing is stepped"
+                                 + ("; --online true acts in the environment, too" if "online" in values else "")))
     kept = {"algorithm": algorithm.name} | {n: v for n, v in values.items() if n not in NOT_KEPT}
     if values["print_config"]:
         print(_dump_yaml(kept), end="")
@@ -194,6 +198,11 @@ def train(
     return _say_goodbye(learner, folder, algorithm, values)
 
 # %% ../nbs/90_cli.ipynb #d504429f
+def _from_data(algorithm, values):
+    "Is there no environment to count steps of?"
+    return "data" in algorithm.settings and not values.get("online")
+
+
 def _default_out(algorithm, values):
     return "runs/" + re.sub(r"[^\w.-]+", "-", f"{algorithm.name}-{values['env']}-{values.get('seed', 0)}")
 

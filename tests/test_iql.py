@@ -6,13 +6,28 @@ import pytest
 import torch
 from reference_iql import PlainIQL, Policy, mlp
 
-from fastrl_pipes.agents.iql import IQLLearner
+from fastrl_pipes.agents.bc import BCAgent, BCLearner
+from fastrl_pipes.agents.iql import IQLAgent, IQLLearner, go_online
 from fastrl_pipes.core import MergedStep, SampledStep, SimpleStep, copied
+from fastrl_pipes.envs.debug import Goal
+from fastrl_pipes.envs.stepper import GymStepper
+from fastrl_pipes.errors import CheckpointError
+from fastrl_pipes.learner.handover import take_over
+from fastrl_pipes.learner.head import LearnerHead
+from fastrl_pipes.learner.joint import JointOptStepper
+from fastrl_pipes.learner.optimizers import BasicOptStepper
+from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayMemory, ReplayWriter
+from fastrl_pipes.memory.offline import MixedReplay, OfflineReplay
+from fastrl_pipes.networks.actor_critic import Actor
 from fastrl_pipes.networks.ensemble import Critics, Value
 from fastrl_pipes.networks.policies import GaussianActor
-from fastrl_pipes.pipes.core import IterableSource
+from fastrl_pipes.pipes.compare import diff
+from fastrl_pipes.pipes.core import Context, IterableSource, bind
 from fastrl_pipes.pipes.graph import find_pipe
+from fastrl_pipes.pipes.nstep import FirstLastMerger, NStepper
+from fastrl_pipes.processors.imitation import CloningLossProcessor
 from fastrl_pipes.processors.iql import IQLActorLossProcessor, IQLCriticLossProcessor, IQLValueLossProcessor
+from fastrl_pipes.processors.targets import SoftTargetUpdater
 
 S, A, BS, HIDDEN = 5, 2, 16, (24, 16)
 UPDATES = {torch.float64: 300, torch.float32: 10}
@@ -332,3 +347,409 @@ def test_a_prioritised_replay_is_told_the_errors_if_asked_to(tell):
         assert torch.equal(index, b.index)
         torch.testing.assert_close(error, expected)
     assert bool(told) is tell
+
+
+# --- the joint step --------------------------------------------------------------------------------------------------
+def test_a_joint_step_is_that_of_the_sum_and_rates_are_of_each():
+    actor, critic, value = networks(torch.float64)
+    nets = [copy.deepcopy(value), copy.deepcopy(actor)]
+    b = tape_of(torch.float64, length=1)[0]
+
+    def losses(v, pi):
+        return v(b.state).square().mean(), -pi(b.state, b.action)[1].mean()
+    items = [{"loss": loss, "model": m} for loss, m in zip(losses(value, actor), (value, actor))]
+    total, passed = JointOptStepper([*items, b], [value, actor], [1e-2, 1e-3])
+    assert torch.equal(passed.state, b.state) and total["loss"] == sum(i["loss"] for i in items) and total["stepped"]
+    opt = torch.optim.Adam([{"params": nets[0].parameters(), "lr": 1e-2}, {"params": nets[1].parameters(), "lr": 1e-3}])
+    sum(losses(*nets)).backward()
+    opt.step()
+    for here, there in zip((value, actor), nets):
+        for p, q in zip(here.parameters(), there.parameters()):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=0)
+
+
+def test_a_joint_step_waits_for_the_batch_and_needs_a_loss():
+    value, b = networks()[2], tape_of(length=1)[0]
+    before = copied(value.state_dict())
+    pipe = JointOptStepper([b, {"loss": value(b.state).mean(), "model": value}], [value], 1e-2)
+    assert next(pipe) is not None
+    with pytest.raises(StopIteration):  # the loss was taken, and no batch came
+        next(pipe)
+    assert all(torch.equal(before[k], v) for k, v in value.state_dict().items())
+
+
+# --- offline, and then online ----------------------------------------------------------------------------------------
+WALK = partial(Goal, length=20)  # observation [2]: place and goal; action [1]; the nearer the better
+
+
+def filled(n=600, seed=0, nsteps=1):
+    "A replay with what random actions do in `Goal`"
+    memory = ReplayMemory(n)
+    pipe = GymStepper(WALK, n=4, mode="sync", seed=seed)
+    pipe = ReplayWriter(pipe if nsteps == 1 else FirstLastMerger(NStepper(pipe, nsteps)), memory)
+    while memory.size < n:
+        next(pipe)
+    return memory
+
+
+def small(seed=0, epsilon=0.0):
+    torch.manual_seed(seed)
+    actor = GaussianActor(2, 1, (16, 16), squash=False, log_std_bounds=(-5.0, 2.0), free_std=True)
+    return actor, Critics(2, 1, 2, (16, 16)), Value(2, (16, 16)), GymStepper(WALK, IQLAgent(actor, epsilon), seed=1)
+
+
+def offline(memory=None, **settings):
+    actor, critic, value, stepper = small()
+    return IQLLearner(actor, critic, value, (OfflineReplay(memory or filled(), 32, seed=0), stepper), [], **{"batches": 20, **settings})
+
+
+def online(memory, start_from=None, **settings):
+    "What `go_online` makes, built by hand"
+    actor, critic, value, stepper = small(9)
+    replay = partial(MixedReplay, data=memory, ratio=0.5, bs=32, max_sz=500)
+    return IQLLearner(actor, critic, value, stepper, [], replay=replay, start_from=start_from, **{"batches": 20, **settings})
+
+
+def nets_of(head):
+    return {"actor": find_pipe(head, IQLActorLossProcessor).actor, "critic": find_pipe(head, IQLCriticLossProcessor).critic,
+            "value": find_pipe(head, IQLValueLossProcessor).value, "target": find_pipe(head, "critic_target").target_model}
+
+
+def parameters(head):
+    return {f"{n}.{k}": v.detach().clone() for n, m in nets_of(head).items() for k, v in m.state_dict().items()}
+
+
+def steps_of(head):
+    return {n: int(next(iter(find_pipe(head, f"{n}_opt").opt.state.values()))["step"]) for n in ("actor", "critic", "value")}
+
+
+def test_offline_the_targets_follow_the_critics():
+    "Each update moves every target by tau towards its critic: what never happened in this method's ancestor while nothing was stepped"
+    learner = offline(target_update_tau=0.1)
+    target, critic = nets_of(learner)["target"], nets_of(learner)["critic"]
+    begun = copied(target.state_dict())
+    for _ in range(30):
+        before = copied(target.state_dict())
+        next(learner)
+        for name, p in critic.state_dict().items():
+            torch.testing.assert_close(target.state_dict()[name], before[name] + 0.1 * (p - before[name]))
+    assert all(not torch.equal(begun[k], v) for k, v in target.state_dict().items())
+    assert learner.env_steps == 0 and learner.stepper is None
+
+
+def test_offline_learning_is_validated_in_an_environment_of_its_own():
+    learner = offline()
+    before = parameters(learner)
+    found = learner.validate(episodes=5)
+    assert found["returns"].shape == (5,) and set(found["lengths"]) == {20}
+    assert all(torch.equal(before[k], v) for k, v in parameters(learner).items())
+
+
+def test_a_learner_of_data_acts_in_the_units_of_the_environment_that_it_validates_in():
+    actor = GaussianActor(3, 1, (8,), squash=False, free_std=True)
+    with torch.no_grad():
+        actor.layers[-1].bias.fill_(9.0)  # the mode is 1, in policy units
+    memory = ReplayMemory(40)
+    writer = ReplayWriter(GymStepper("Pendulum-v1", seed=0), memory)
+    for _ in range(40):
+        next(writer)
+    learner = BCLearner(actor, (OfflineReplay(memory, 8), GymStepper("Pendulum-v1", BCAgent(actor))), [])
+    assert learner.predict(memory.gather(torch.arange(1)).state[0].numpy()).tolist() == pytest.approx([2.0], abs=1e-4)
+
+
+def test_online_begins_exactly_where_offline_ended_and_goes_on():
+    memory = filled()
+    learner = offline(memory)
+    learner.fit(epochs=2)
+    before = parameters(learner)
+    here = go_online(learner, GymStepper(WALK, IQLAgent(nets_of(learner)["actor"]), seed=3), ratio=0.5, max_sz=500)
+    assert {k: v is nets_of(learner)[k] for k, v in nets_of(here).items()} == dict.fromkeys(("actor", "critic", "value", "target"), True)
+    assert all(torch.equal(before[k], v) for k, v in parameters(here).items()) and set(steps_of(here).values()) == {40}
+    rows = here.fit(env_steps=100)
+    assert here.env_steps == 100 and rows[-1]["episode"] == 5
+    pulled = 100 - find_pipe(here, MixedReplay).online_bs + 1
+    assert set(steps_of(here).values()) == {40 + pulled}, "the moments' clocks go on"
+    assert all(not torch.equal(before[k], v) for k, v in parameters(here).items()), "everything goes on learning, the targets too"
+
+
+def test_a_batch_online_holds_its_part_of_the_data():
+    memory = filled()
+    memory._views[list(memory.layout.dtype.names).index("reward")][:] = 77.0
+    learner = offline(memory)
+    here = go_online(learner, GymStepper(WALK, IQLAgent(nets_of(learner)["actor"]), seed=3), ratio=0.25)
+    assert (next(here).reward == 77.0).sum() == 8
+
+
+def test_both_ways_online_are_the_same_stack_and_the_same_run():
+    "By `go_online`, and by a learner that is built on the environment and starts from the other: equal to the bit"
+    memory = filled()
+    actor, critic, value, _ = small()
+    learner = IQLLearner(actor, critic, value, OfflineReplay(memory, 32, seed=0), [], batches=20)
+    learner.fit(epochs=2)
+    other = online(memory, start_from=learner)
+    here = go_online(learner, GymStepper(WALK, IQLAgent(nets_of(learner)["actor"]), seed=1), max_sz=500)
+    assert not diff(here, other)
+    for head in (here, other):
+        head.fit(env_steps=60)
+    assert all(torch.equal(a, b) for a, b in zip(parameters(here).values(), parameters(other).values()))
+
+
+def test_a_checkpoint_to_start_from(tmp_path):
+    "Networks, targets and moments come from the offline run's files; the learning rate is the new run's"
+    memory = filled()
+    learner = offline(memory)
+    learner.fit(epochs=2)
+    learner.save(tmp_path)
+    here = online(memory, start_from=tmp_path, actor_lr=1e-5)
+    assert all(torch.equal(v, parameters(learner)[k]) for k, v in parameters(here).items())
+    assert set(steps_of(here).values()) == {40}
+    a, b = (find_pipe(h, "actor_opt").opt for h in (learner, here))
+    assert all(torch.equal(x["exp_avg_sq"], y["exp_avg_sq"]) for x, y in zip(a.state.values(), b.state.values()))
+    assert b.param_groups[0]["lr"] == 1e-5
+    here.fit(env_steps=30)
+
+
+def test_cloning_may_be_the_start_of_a_policy():
+    memory = filled()
+    actor, critic, value, stepper = small()
+    clone = BCLearner(copy.deepcopy(actor), OfflineReplay(memory, 32, seed=0), [], batches=20)
+    clone.fit(epochs=1)
+    learner = IQLLearner(actor, critic, value, OfflineReplay(memory, 32, seed=0), [])
+    with pytest.raises(CheckpointError, match="partly=True"):
+        take_over(learner, clone)
+    assert "actor_opt.model" in take_over(learner, clone, partly=True)
+    assert all(torch.equal(p, q) for p, q in zip(actor.parameters(), find_pipe(clone, CloningLossProcessor).actor.parameters()))
+
+
+def test_nothing_is_taken_over_where_one_network_does_not_fit():
+    memory = filled()
+    actor, critic, value, _ = small()
+    old = IQLLearner(actor, critic, value, OfflineReplay(memory, 32), [])
+    actor, critic, value, _ = small(5)
+    value = Value(2, (17, 16))
+    new = IQLLearner(actor, critic, value, OfflineReplay(memory, 32), [])
+    before = parameters(new)
+    with pytest.raises(CheckpointError, match="value"):
+        take_over(new, old)
+    assert all(torch.equal(before[k], v) for k, v in parameters(new).items())
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("where", ["offline", "online"])
+def test_a_run_continues_to_the_bit(where, joint, tmp_path):
+    memory = filled()
+
+    def build():
+        return offline(memory, joint=joint, signals=joint) if where == "offline" else online(memory, joint=joint)
+    whole, first = build(), build()
+    for head in (whole, first):
+        for _ in range(17):
+            next(head)
+    first.save(tmp_path)
+    second = build()
+    second.load(tmp_path)
+    for head in (whole, second):
+        for _ in range(23):
+            next(head)
+    a, b = parameters(whole), parameters(second)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- acting ----------------------------------------------------------------------------------------------------------
+def acted(epsilon, deterministic, rows=400):
+    actor = GaussianActor(2, 1, (8,), squash=False, free_std=True)
+    chain = IQLAgent(actor, epsilon).for_validation(deterministic)
+    bind(chain, Context(seed=0))
+    chain.start()
+    state = torch.zeros(rows, 2)
+    out = chain.act(SimpleStep(state=state.numpy(), step_n=torch.zeros(rows, 1).numpy())).action
+    return torch.as_tensor(out), actor(state)[3].clamp(-1, 1).detach()
+
+
+def test_epsilon_greedy_samples_now_and_then_and_in_validation_only():
+    for epsilon, share in ((0.0, 1.0), (0.25, 0.75), (1.0, 0.0)):
+        action, mode = acted(epsilon, True)
+        assert abs(float((action == mode).float().mean()) - share) < 0.08
+    action, mode = acted(0.0, False)
+    assert float((action == mode).float().mean()) < 0.01, "while it acts it samples"
+    stepper = GymStepper(WALK, IQLAgent(small()[0], 0.0), seed=0)
+    runner = find_pipe(stepper.agent, "EpsilonPolicyRunner")
+    assert not runner.deterministic
+
+
+def test_epsilon_greedy_changes_what_validation_finds():
+    found = []
+    for epsilon in (0.0, 0.0, 0.9):
+        actor, critic, value, stepper = small(epsilon=epsilon)
+        found.append(IQLLearner(actor, critic, value, (OfflineReplay(filled(50), 8), stepper), []).validate(4)["mean"])
+    assert found[0] == found[1] != found[2]
+
+
+# --- problems with known answers -------------------------------------------------------------------------------------
+def solved(rows, discount=0.9, updates=1500, **settings):
+    "Learn from a table of (state, action, reward, next_state, terminated, times), all of it in each batch"
+    table = [r[:5] for r in rows for _ in range(r[5])]
+    one_hot = torch.eye(2)
+    batch = SimpleStep(state=torch.stack([one_hot[r[0]] for r in table]), action=torch.tensor([[r[1]] for r in table]), reward=torch.tensor([[float(r[2])] for r in table]),
+                       next_state=torch.stack([one_hot[r[3]] for r in table]), terminated=torch.tensor([[r[4]] for r in table]), truncated=torch.zeros(len(table), 1, dtype=torch.bool))
+    torch.manual_seed(0)
+    actor = GaussianActor(2, 1, (32,), squash=False, log_std_bounds=(-5.0, 2.0), free_std=True)
+    critic, value = Critics(2, 1, 2, (32,)), Value(2, (32,))
+    head = IQLLearner(actor, critic, value, IterableSource([batch] * updates), [], 5e-3, 1e-2, 1e-2, discount=discount, **settings)
+    list(head)
+    with torch.no_grad():
+        return value(one_hot)[:, 0].tolist(), critic(batch.state, batch.action).mean(0)[:, 0], actor(one_hot)[3][:, 0].tolist(), batch
+
+
+def test_a_bandit_the_best_action_that_the_data_has():
+    "Three actions, of worth 0, 1 and 0.4. Their 0.8-expectile is 0.7333, and the policy's mean their mean with the weights exp((r - 0.7333) / 0.2)"
+    rows = [(0, -0.6, 0, 0, True, 5), (0, 0.1, 1, 0, True, 5), (0, 0.5, 0.4, 0, True, 5)]
+    v, q, mode, batch = solved(rows, temperature=0.2)
+    assert v[0] == pytest.approx(0.7333, abs=0.01)
+    torch.testing.assert_close(q, batch.reward[:, 0], rtol=0, atol=0.02)
+    assert mode[0] == pytest.approx(0.1144, abs=0.02), "near 0.1; the mean of the data is 0"
+
+
+@pytest.mark.parametrize(("expectile", "v1", "better"), [(0.95, 0.6786, 0.5), (0.5, 0.1, -0.5)])
+def test_a_chain_what_no_episode_of_the_data_does_is_put_together(expectile, v1, better):
+    """From the first state 0.5 leads on, -0.5 ends with 0.3; in the second 0.5 ends with 1, and is rarely done. Followed by what the data does, 0.5 is worth 0.09 in the first state;
+    followed by what it does best, 0.61 (the 0.95-expectile of 1 in ten is 0.6786): only who looks at the best puts the two halves together."""
+    rows = [(0, 0.5, 0, 1, False, 20), (0, -0.5, 0.3, 0, True, 20), (1, 0.5, 1, 0, True, 2), (1, -0.5, 0, 0, True, 18)]
+    v, q, mode, _ = solved(rows, expectile=expectile, temperature=0.05)
+    assert v[1] == pytest.approx(v1, abs=0.02) and q[0].item() == pytest.approx(0.9 * v1, abs=0.02) and q[25].item() == pytest.approx(0.3, abs=0.02)
+    assert mode[0] == pytest.approx(better, abs=0.08)
+
+
+# --- cloning ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["gaussian", "deterministic"])
+def test_cloning_equals_a_plain_loop(kind):
+    torch.manual_seed(0)
+    actor = GaussianActor(S, A, HIDDEN, squash=False, free_std=True) if kind == "gaussian" else Actor(S, A, *HIDDEN)
+    actor.double()
+    plain, tape = copy.deepcopy(actor), tape_of(torch.float64, weighted=True, length=60)
+    opt = torch.optim.Adam(plain.parameters(), lr=1e-3, foreach=False, fused=False)
+    for b in tape:
+        each = -plain(b.state, b.action)[1] if kind == "gaussian" else (plain(b.state) - b.action).square().mean(1, keepdim=True)
+        opt.zero_grad()
+        (b.weight * each).mean().backward()
+        opt.step()
+    learner = BCLearner(actor, IterableSource(tape), [], actor_lr=1e-3)
+    list(learner)
+    for p, q in zip(actor.parameters(), plain.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=0)
+
+
+def test_cloning_finds_what_the_data_does():
+    "Actions are tanh(s) plus noise of 0.1: the likeliest Gaussian says so"
+    g = torch.Generator().manual_seed(0)
+    state = torch.randn(512, 1, generator=g)
+    batch = SimpleStep(state=state, action=torch.tanh(state) + 0.1 * torch.randn(512, 1, generator=g), reward=torch.zeros(512, 1))
+    torch.manual_seed(0)
+    actor = GaussianActor(1, 1, (32,), squash=False, free_std=True)
+    list(BCLearner(actor, IterableSource([batch] * 600), [], actor_lr=1e-2))
+    _, _, _, mode, _, log_std = actor(state)
+    assert (mode - torch.tanh(state)).abs().mean() < 0.03 and log_std.exp()[0, 0].item() == pytest.approx(0.1, abs=0.01)
+
+
+def test_cloning_continues_to_the_bit_and_tells_its_signals(tmp_path):
+    memory = filled()
+
+    def build():
+        actor = small()[0]
+        return BCLearner(actor, (OfflineReplay(memory, 32, seed=0), GymStepper(WALK, BCAgent(actor))), [], signals=True, batches=20)
+    whole, first = build(), build()
+    whole.fit(epochs=2)
+    row = first.fit(epochs=1)[0]
+    assert row["distance"] > 0 and row["policy_log_std"] == row["policy_log_std"]
+    first.save(tmp_path)
+    second = build()
+    second.load(tmp_path)
+    second.fit(epochs=1)
+    for p, q in zip(find_pipe(whole, CloningLossProcessor).actor.parameters(), find_pipe(second, CloningLossProcessor).actor.parameters()):
+        assert torch.equal(p, q)
+    assert whole.validate(3)["mean"] == second.validate(3)["mean"]
+
+
+def test_a_deterministic_clone_acts_without_noise():
+    actor = Actor(2, 1, 8, 8)
+    stepper = GymStepper(WALK, BCAgent(actor), seed=0)
+    step = next(stepper)
+    torch.testing.assert_close(torch.as_tensor(step.action), actor(torch.as_tensor(step.state)).detach())
+
+
+# --- what is refused, and with which words ---------------------------------------------------------------------------
+def iql_on(dls=None, actor=None, critic=None, value=None, **settings):
+    nets = small()[:3]
+    actor, critic, value = (given or made for given, made in zip((actor, critic, value), nets))
+    return IQLLearner(actor, critic, value, OfflineReplay(filled(40), 8) if dls is None else dls, [], **settings)
+
+
+def vector_memory():
+    memory = ReplayMemory(40)
+    g = torch.Generator().manual_seed(0)
+    memory.write(SimpleStep(state=torch.randn(40, 2, generator=g), action=torch.rand(40, 1, generator=g), next_state=torch.randn(40, 2, generator=g),
+                            reward=torch.randn(40, 2, generator=g), terminated=torch.zeros(40, 1, dtype=torch.bool), truncated=torch.zeros(40, 1, dtype=torch.bool)))
+    return memory
+
+
+def discrete_memory():
+    memory = ReplayMemory(40)
+    memory.write(SimpleStep(state=torch.randn(40, 2), action=torch.zeros(40, 1, dtype=torch.int64), next_state=torch.randn(40, 2), reward=torch.zeros(40, 1),
+                            terminated=torch.zeros(40, 1, dtype=torch.bool), truncated=torch.zeros(40, 1, dtype=torch.bool)))
+    return memory
+
+
+def vectors(reward_weights, r=2):
+    return iql_on(OfflineReplay(vector_memory(), 8), critic=Critics(2, 1, 2, (8,), r), value=Value(2, (8,), r), reward_weights=reward_weights)
+
+
+WRONG = {  # what: (how, error, words of its message)
+    "vector rewards without weights": (lambda: vectors(None), ValueError, ["IQLValueLossProcessor", "'reward_weights' is None, expected 2"]),
+    "weights of another width": (lambda: vectors((1.0, 2.0, 3.0)), ValueError, ["'reward_weights' has 3 numbers, expected 2"]),
+    "critics of one component": (lambda: vectors((1.0, 2.0), r=1), ValueError, ["'value' has shape", "2]"]),
+    "weights that are all zero": (lambda: vectors((0.0, 0.0)), ValueError, ["'reward_weights'", "at least one that is not zero"]),
+    "a weight that is no number": (lambda: vectors((1.0, float("nan"))), ValueError, ["'reward_weights[1]' is nan"]),
+    "no value network": (lambda: IQLLearner(*small()[:2], None, OfflineReplay(filled(40), 8), []), TypeError, ["IQLValueLossProcessor", "'value' is None, expected an nn.Module"]),
+    "a value that sees the action": (lambda: iql_on(value=Critics(2, 1, 2, (8,))), ValueError, ["IQLValueLossProcessor", "'value'", "Critics"]),
+    "a flat value": (lambda: iql_on(value=Flat()), ValueError, ["'value' has shape", "did it drop the last axis?"]),
+    "a deterministic policy": (lambda: iql_on(actor=Actor(2, 1, 8, 8)), (TypeError, ValueError), ["IQLActorLossProcessor", "'actor'"]),
+    "an expectile of 1": (lambda: iql_on(expectile=1.0), ValueError, ["'expectile' is 1.0", "0.5 is the mean"]),
+    "no temperature": (lambda: iql_on(temperature=0.0), ValueError, ["'temperature' is 0.0"]),
+    "a bound below 1": (lambda: iql_on(max_exp_advantage=0.5), ValueError, ["'max_exp_advantage' is 0.5"]),
+    "discrete actions": (lambda: iql_on(OfflineReplay(discrete_memory(), 8)), TypeError, ["'action' is int64", "of a Box"]),
+    "a policy of another width": (lambda: iql_on(actor=GaussianActor(2, 3, (8,), squash=False)), ValueError, ["IQLActorLossProcessor", "'actor: action'", "3"]),
+    "a replay where the data is recorded": (lambda: iql_on(replay=partial(MixedReplay, data=filled(40))), ValueError, ["'replay'", "hands on batches already"]),
+    "windows where the data is recorded": (lambda: iql_on(nsteps=3), ValueError, ["'nsteps' is 3", "memory_from_dataset(data, nsteps="]),
+    "an actor before the value": (lambda: next(iter(LearnerHead(BasicOptStepper(IQLActorLossProcessor(OfflineReplay(filled(40), 8), small()[0], small()[2]), small()[0], 1e-3)))),
+                                  ValueError, ["IQLActorLossProcessor", "'value' is missing from the batch", "behind an IQLValueLossProcessor"]),
+    "rates for other networks": (lambda: JointOptStepper([], [small()[0]], [1e-3, 1e-3]), ValueError, ["'lr' has 2 rates", "1"]),
+    "no networks to step": (lambda: JointOptStepper([], [], 1e-3), TypeError, ["'models'", "a list of networks"]),
+    "an epsilon above 1": (lambda: IQLAgent(small()[0], 1.5), ValueError, ["EpsilonPolicyRunner", "'epsilon' is 1.5"]),
+    "a start from nothing": (lambda: iql_on(start_from=3), TypeError, ["'source' is 3", "a learner, or the folder of a checkpoint"]),
+    "a start from an empty folder": (lambda: iql_on(start_from="no/such/folder"), CheckpointError, ["manifest.json"]),
+    "online from no data": (lambda: go_online(LearnerHead(SoftTargetUpdater(ExperienceReplay(GymStepper(WALK), 4), small()[1])), GymStepper(WALK)), LookupError, ["go_online", "sample recorded data"]),
+    "cloning itself": (lambda: BCLearner(small()[0], small()[3], []), ValueError, ["BCLearner", "recorded data", "learns nothing"]),
+    "cloning choices": (lambda: BCLearner(small()[0], OfflineReplay(discrete_memory(), 8), []), TypeError, ["CloningLossProcessor", "'action' is int64"]),
+    "environment steps of data": (lambda: iql_on().fit(env_steps=10), ValueError, ["'env_steps' is 10, expected epochs"]),
+    "an environment of another size": (lambda: iql_on((OfflineReplay(filled(40), 8), GymStepper("Pendulum-v1", IQLAgent(small()[0])))), ValueError, ["EpsilonPolicyRunner", "does not take float32"]),
+}
+
+
+class Flat(torch.nn.Module):
+    "A value of shape [B]"
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def forward(self, state):
+        return self.layer(state)[:, 0]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_is_refused_by_name(wrong):
+    make, error, words = WRONG[wrong]
+    with pytest.raises(error) as e:
+        make()
+    for word in words:
+        assert word in str(e.value), str(e.value)

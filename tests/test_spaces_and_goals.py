@@ -26,7 +26,7 @@ from fastrl_pipes.networks.calls import call_model
 from fastrl_pipes.networks.ensemble import Critics
 from fastrl_pipes.networks.goals import GoalConditioned, fields_size
 from fastrl_pipes.networks.policies import GaussianActor
-from fastrl_pipes.pipes.core import named_modules, snapshot
+from fastrl_pipes.pipes.core import bind, named_modules, snapshot
 from fastrl_pipes.pipes.graph import find_pipe
 from fastrl_pipes.pipes.tape import Tap, Tape
 
@@ -394,3 +394,16 @@ def test_a_fault_names_the_environment():
 def test_flatten_says_that_it_has_no_line_for_several_boxes():
     with pytest.raises(ValueError, match="flatten.*action_space.*Tuple.*a Box or Discrete"):
         flatten(BOXES["DDPG"](), seed=0)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict"])
+def test_an_agent_predicts_several_boxes(kind):
+    "One action without batch axis, in the environment's units, as `env.step` takes it"
+    env = TwoBoxes(kind=kind)
+    actor = GaussianActor(env.observation_space.shape[0], action_size(env.action_space), hidden=(8,))
+    stepper = GymStepper(lambda: TwoBoxes(kind=kind), SACAgent(actor), seed=0)
+    bind(stepper)
+    observation, _ = env.reset(seed=0)
+    action = stepper.agent.predict(observation)
+    assert env.action_space.contains(action), action
+    stepper.close()

@@ -280,20 +280,20 @@ class AgentHead(Pipe):
             out = self.act(step if isinstance(step, SimpleStep) else SimpleStep(state=step))
             if isinstance(out, SimpleStep):
                 out = out.action if out.raw_action is None else out.raw_action
-            yield np.array(to_numpy(out))
+            yield map_leaves(np.array, to_numpy(out))
 
     def predict(
         self,
         observation: Any,  # one observation, without batch axis
         deterministic: bool = True,  # without exploration?
-    ) -> np.ndarray:  # one action, in the environment's units
+    ) -> Any:  # one action, in the environment's units: an array, or a nest of them
         "The action for a single observation, as the environment takes it"
         space = None if self.context is None else self.context.observation_space
         if isinstance(space, spaces.Box):
             check_shape(f"{self}.predict", "observation", np.asarray(observation), space.shape, "one observation, without batch axis")
         chain = self._chain(deterministic)
         batched = map_leaves(lambda a: a[None], observation if isinstance(observation, (dict, tuple)) else np.asarray(observation))
-        return next(chain([SimpleStep(state=batched, step_n=np.ones((1, 1), np.int64))]))[0]
+        return map_leaves(lambda a: np.asarray(a[0]), next(chain([SimpleStep(state=batched, step_n=np.ones((1, 1), np.int64))])))
 
     def _chain(self, deterministic):
         chains = self.__dict__.setdefault("_chains", {})

@@ -21,7 +21,7 @@ from ..envs.visit import visit_environments
 from ..errors import check_shape, message, shape_of
 from .optimizers import BasicOptStepper
 from ..loggers.collectors import EpisodeCollector, RollingTerminatedRewardCollector
-from ..pipes.core import Fan, IterableSource, Pipe, Stage, named_pipes
+from ..pipes.core import Context, Fan, IterableSource, Pipe, Stage, named_pipes
 from ..pipes.graph import Flow, find_pipes, in_words
 
 # %% auto #0
@@ -260,3 +260,7 @@ def _check_validation(head, stepper):
         here, there = getattr(head.context, kind), getattr(stepper, kind)
         if here is not None and here != there:
             raise TypeError(message(str(head), kind, f"of the environment to validate in is {there}", f"{here}, as in training"))
+    if head.context.observation_space is None and stepper.agent is not None:  # data that does not say where it is from
+        chain = stepper.agent.for_validation()
+        chain.take_facts(Context(device=head.context.device, dtype=head.context.dtype, observation_space=stepper.observation_space, action_space=stepper.action_space))
+        chain.probe_act(stepper.probe_state())

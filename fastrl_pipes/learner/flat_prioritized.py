@@ -8,14 +8,15 @@ from __future__ import annotations
 from ..errors import message
 from .flat_learning import gather_lines, replay_of
 from .script import flattens, main_line
+from ..memory.sumtree import TOP
 
 # %% auto #0
 __all__ = []
 
 # %% ../../nbs/learner/07_flat_prioritized.ipynb #6f27c1fb
-_SUM_TREE = '''def sum_tree(size):
-    "Zeros for `size` places and for the sums above them, level by level, up to one of at most 1024 nodes"
-    depth = max(0, (size - 1).bit_length() - 10)
+_SUM_TREE = f'''def sum_tree(size):
+    "Zeros for `size` places and for the sums above them, level by level, up to one of at most {TOP} nodes"
+    depth = max(0, (size - 1).bit_length() - {TOP.bit_length() - 1})
     return [np.zeros(-(-size // 2**depth) << depth - k) for k in range(depth + 1)]'''.splitlines()
 
 _PUT = '''def put(tree, index, value):
