@@ -1,5 +1,6 @@
 """Implicit Q-learning and behaviour cloning: equal to a plain loop, every option with its effect, offline and then online, and refused where something is wrong."""
 import copy
+import inspect
 from functools import partial
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from reference_iql import PlainIQL, Policy, mlp
 
 from fastrl_pipes.agents.bc import BCAgent, BCLearner
-from fastrl_pipes.agents.iql import IQLAgent, IQLLearner, go_online
+from fastrl_pipes.agents.iql import EpsilonPolicyRunner, IQLAgent, IQLLearner, go_online, iql
+from fastrl_pipes.cli import DEFAULT_EPOCHS, main
 from fastrl_pipes.core import MergedStep, SampledStep, SimpleStep, copied
 from fastrl_pipes.envs.debug import Goal
 from fastrl_pipes.envs.stepper import GymStepper
@@ -16,6 +18,8 @@ from fastrl_pipes.learner.handover import take_over
 from fastrl_pipes.learner.head import LearnerHead
 from fastrl_pipes.learner.joint import JointOptStepper
 from fastrl_pipes.learner.optimizers import BasicOptStepper
+from fastrl_pipes.learner.resume import load_run
+from fastrl_pipes.loggers.sinks import read_rows
 from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayMemory, ReplayWriter
 from fastrl_pipes.memory.offline import MixedReplay, OfflineReplay
 from fastrl_pipes.networks.actor_critic import Actor
@@ -23,7 +27,7 @@ from fastrl_pipes.networks.ensemble import Critics, Value
 from fastrl_pipes.networks.policies import GaussianActor
 from fastrl_pipes.pipes.compare import diff
 from fastrl_pipes.pipes.core import Context, IterableSource, bind
-from fastrl_pipes.pipes.graph import find_pipe
+from fastrl_pipes.pipes.graph import find_pipe, find_pipes
 from fastrl_pipes.pipes.nstep import FirstLastMerger, NStepper
 from fastrl_pipes.processors.imitation import CloningLossProcessor
 from fastrl_pipes.processors.iql import IQLActorLossProcessor, IQLCriticLossProcessor, IQLValueLossProcessor
@@ -753,3 +757,82 @@ def test_what_is_wrong_is_refused_by_name(wrong):
         make()
     for word in words:
         assert word in str(e.value), str(e.value)
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    "A data set of twenty episodes of `fastrl/Goal-v0`, random actions"
+    pytest.importorskip("minari")
+    from fastrl_pipes.learner.dataset_writer import DatasetWriter
+    folder = tmp_path_factory.mktemp("data") / "goal"
+    writer = DatasetWriter(GymStepper("fastrl/Goal-v0", seed=0), folder)
+    while writer.finished < 20:
+        next(writer)
+    writer.close()
+    return str(folder)
+
+
+SMALL = ("--env", "fastrl/Goal-v0", "--hidden1", "8", "--hidden2", "8", "--bs", "16", "--batches", "10", "--verdict-episodes", "2")
+
+
+@pytest.mark.parametrize("algorithm", ["iql", "bc"])
+def test_the_command_line_learns_from_data_and_goes_on(algorithm, recorded, tmp_path, capsys):
+    out = tmp_path / "run"
+    run = ["train", algorithm, "--data", recorded, *SMALL]
+    assert main([*run, "--epochs", "2", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "2 epochs" in said and "OfflineReplay" in said and "Verdict: mean return" in said
+    rows = read_rows(out / "metrics.csv")
+    assert [r["batch"] for r in rows] == [10, 20] and all(r["env_steps"] == 0 for r in rows)
+    assert main(["train", "--resume", str(out), "--epochs", "3"]) == 0 and len(read_rows(out / "metrics.csv")) == 3
+    assert main(["play", str(out), "--episodes", "2"]) == 0 and "mean return" in capsys.readouterr().out
+    assert load_run(out / "checkpoint").batches_seen == 30
+
+
+def test_the_command_line_counts_epochs_of_data_unless_told_otherwise(recorded, tmp_path, capsys):
+    run = ["train", "iql", "--data", recorded, *SMALL]
+    assert main([*run, "--print-config"]) == 0
+    config = capsys.readouterr().out
+    assert f"epochs: {DEFAULT_EPOCHS}" in config and "env_steps: null" in config
+    assert main([*run, "--online", "true", "--print-config"]) == 0 and "epochs: null" in capsys.readouterr().out
+    assert main([*run, "--env-steps", "100", "--out", str(tmp_path / "a")]) == 2
+    assert "expected --epochs; iql learns from data here" in capsys.readouterr().err and not (tmp_path / "a").exists()
+    assert main(["train", "bc", *SMALL]) == 2 and "'--data' is missing" in capsys.readouterr().err
+    assert main([*run, "--ratio", "0.2", "--out", str(tmp_path / "b")]) == 2 and "or online=True" in capsys.readouterr().err
+
+
+def test_the_command_line_goes_online_from_a_checkpoint(recorded, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["train", "iql", "--data", recorded, *SMALL, "--epochs", "2", "--out", str(first)]) == 0
+    online = ["--online", "true", "--start-from", str(first / "checkpoint"), "--env-steps", "60", "--ratio", "0.25", "--n", "2", "--repeat", "2", "--max-sz", "50", "--warmup", "20"]
+    assert main(["train", "iql", "--data", recorded, *SMALL, *online, "--seed", "4", "--out", str(second)]) == 0
+    learner = load_run(second / "checkpoint")
+    sampler = find_pipe(learner, MixedReplay)
+    assert (sampler.offline_bs, sampler.memory.size, sampler.least, learner.stepper.n, learner.env_steps) == (4, 50, 20, 2, 60)
+    assert set(steps_of(learner).values()) == {20 + learner.batches_seen}, "the moments of the offline run went on"
+
+
+@pytest.mark.parametrize("setting", [dict(num_critic_replicas=3), dict(joint=True), dict(epsilon_greedy=0.5), dict(nsteps=2), dict(target_update_period=2), dict(signals=True), dict(discount=0.5)], ids=str)
+def test_a_setting_of_the_builder_reaches_its_pipe(setting, recorded):
+    (name, given), = setting.items()
+    learner = iql("fastrl/Goal-v0", recorded, hidden1=8, hidden2=8, bs=16, batches=5, **setting)
+    learner.fit(epochs=1)
+    found = {"num_critic_replicas": lambda: find_pipe(learner, IQLCriticLossProcessor).critic.k, "joint": lambda: bool(find_pipes(learner, JointOptStepper)),
+             "epsilon_greedy": lambda: find_pipe(learner.agent, EpsilonPolicyRunner).epsilon, "nsteps": lambda: 2 if (next(learner).discount < 0.99).any() else 1,
+             "target_update_period": lambda: find_pipe(learner, "critic_target").target_sync, "signals": lambda: "advantage" in learner.recorder.rows[-1],
+             "discount": lambda: find_pipe(learner, IQLCriticLossProcessor).discount}
+    assert found[name]() == given
+
+
+def test_rewards_of_several_components_from_the_builder(recorded):
+    with pytest.raises(ValueError, match="'reward_weights' has 2 numbers, expected 1"):
+        iql("fastrl/Goal-v0", recorded, reward_weights=(1.0, -1.0))
+
+
+def test_bodies_are_short():
+    "At most forty lines: signature and docstring apart"
+    for fn in (IQLLearner, BCLearner):
+        lines = inspect.getsource(fn).splitlines()
+        body = lines[next(i for i, line in enumerate(lines) if line.startswith(") ->")) + 2:]
+        assert len([line for line in body if line.strip()]) <= 40

@@ -169,7 +169,7 @@ def play_run(
     "Let the agent play without exploring, a line per episode"
     import gymnasium
     check_number("play_run", "episodes", episodes, 1, whole=True)
-    world, returns = gymnasium.make(env, render_mode=render, **(env_kwargs or {})), []
+    world, returns = gymnasium.make(env, **({} if render is None else {"render_mode": render}), **(env_kwargs or {})), []
     try:
         for episode in range(episodes):
             observation, _ = world.reset(seed=seed + episode)
