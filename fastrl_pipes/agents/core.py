@@ -19,6 +19,7 @@ from ..errors import check_shape, message, shape_of
 from ..exploration.noise import Exploration
 from ..networks.calls import call_model, call_policy, model_device, model_dtype
 from ..networks.contracts import buffers_kept, check_model, check_policy
+from ..pipes.compiled import CompiledCall, Compiles, NotCompiled
 from ..pipes.control import Inlet
 from ..pipes.core import Context, Pipe, Stage, traverse
 from ..pipes.draws import Draws
@@ -29,7 +30,7 @@ __all__ = ['SimpleModelRunner', 'PolicyRunner', 'ActionClip', 'ActionUnbatcher',
            'ActionScaler', 'AgentHead']
 
 # %% ../../nbs/agents/00_core.ipynb #9e53bfbc
-class SimpleModelRunner(Stage):
+class SimpleModelRunner(Compiles, Stage):
     "`state` in, `action = model(state)` out. NumPy in, NumPy out; tensors in, tensors out"
 
     def __init__(
@@ -67,8 +68,27 @@ class SimpleModelRunner(Stage):
     def _call(self, x):
         if self._switch and self.model.training:
             with evaluating(self.model):
-                return call_model(self.model, x)
+                return self._found(x)
+        return self._found(x)
+
+    def _found(self, x):
+        if self._compiled is not None:
+            try:
+                return self._compiled(x)
+            except NotCompiled as e:
+                self.stays_eager(e)
+        return self.answer(x)
+
+    def answer(
+        self,
+        x: Any,  # [B, ...] tensor, or a nest of tensors
+    ) -> torch.Tensor:  # [B, A]
+        "What the network says"
         return call_model(self.model, x)
+
+    def compiled_call(self, **options: Any) -> CompiledCall:
+        "The network's answer as one graph"
+        return CompiledCall(self.answer, self.modules(), drawing=self if isinstance(self, Draws) else None, **options)
 
     def _fits(self, state):
         "May the network take the array as it is?"
@@ -120,13 +140,11 @@ class PolicyRunner(Draws, SimpleModelRunner):
         space = context.action_space
         self._width = action_size(space) if space is not None else getattr(self.model, "action_sz", None)
 
-    def _call(self, x):
-        if self._switch and self.model.training:
-            with evaluating(self.model):
-                return self._drawn(x)
-        return self._drawn(x)
-
-    def _drawn(self, x):
+    def answer(
+        self,
+        x: Any,  # [B, ...] tensor, or a nest of tensors
+    ) -> torch.Tensor:  # [B, A]
+        "A sample, or the mode"
         if self.deterministic:
             out = call_policy(self.model, x)
             return out[3] if len(out) > 3 else out[0]

@@ -30,7 +30,7 @@ from .profile import Profile, profile
 from ..loggers.recorder import Logger, Recorder
 from ..memory.experience_replay import ReplaySampler
 from ..networks.calls import model_device, model_dtype
-from ..pipes.core import Context, Pipe, bind, named_modules, traverse
+from ..pipes.core import Context, Pipe, bind, named_modules, named_pipes, traverse
 from ..pipes.graph import Flow, describe, find_pipes, mermaid, pipe_to_device
 from ..pipes.guards import guard
 
@@ -62,6 +62,7 @@ class LearnerHead(Pipe):
         self.flush_denormals = flush_denormals
         self.recorder = Recorder()
         self.interrupted = False  # did Ctrl-C end the latest fit?
+        self.compiled = False  # does it work with compiled graphs? See `compile`
         self.built_by: tuple | None = None  # name and settings of the registered builder that made it
         self._done = self._pulled = 0
         networks = [m for m in named_modules(self).values() if isinstance(m, nn.Module)]
@@ -139,6 +140,26 @@ class LearnerHead(Pipe):
             self._guarding = contextlib.ExitStack()
             self._guarding.enter_context(guard(self, ignore))
         return self
+
+    def compile(
+        self,
+        **options: Any,  # of `torch.compile`; default: none on a CPU, mode="reduce-overhead" (CUDA graphs) on a GPU
+    ) -> LearnerHead:  # itself
+        """Learn with compiled graphs from now on: each loss with its gradient, each network that acts, each optimizer's step. The stack stays as it is, and so do the numbers, but for rounding.
+
+        What it takes is spent when the first batch passes. A pipe that does not compile warns, by name, and stays eager"""
+        if not options and self.context.device.type == "cuda":
+            options = {"mode": "reduce-overhead"}
+        for pipe in traverse(self):  # the acting chain among them
+            if pipe is not self and hasattr(pipe, "compile"):
+                pipe.compile(**options)
+        self.compiled = True
+        return self
+
+    @property
+    def compile_seconds(self) -> dict[str, float]:
+        "How long tracing and compiling took so far, for each pipe that has a graph"
+        return {k: p._compiled.seconds for k, p in named_pipes(self).items() if getattr(p, "_compiled", None) is not None}
 
     # Learning
     def fit(

@@ -48,7 +48,7 @@ class JointOptStepper(BasicOptStepper):
 
     def forward(self, item: Any) -> tuple:
         if isinstance(item, SimpleStep):
-            return (item,) if self._total is None else (*self._step(), item)
+            return (item,) if self._total is None else (*self._stepped(), item)
         if not isinstance(item, dict) or "loss" not in item or not self._is_for_me(item):
             return (item,)
         loss = item["loss"]
@@ -65,10 +65,10 @@ class JointOptStepper(BasicOptStepper):
         places = {id(p): i for i, p in enumerate(self.params)}
         return [(places[id(p)], g) for p, g in zip((p for p in item["model"].parameters() if p.requires_grad), grads)]
 
-    def _step(self):
+    def _stepped(self):
         for p, g in zip(self.params, self._sums):
             p.grad = g
-        self.opt.step()
+        self._step()
         out = {"loss": self._total, "model": self.model, "stepped": True}
         JointOptStepper.restart(self)
         return () if self.filter else (out,)

@@ -5,6 +5,7 @@
 # %% ../../nbs/learner/00_optimizers.ipynb #34fafc1f
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..errors import check_number, message, shape_of
 from ..pipes.core import Fan
 
 # %% auto #0
-__all__ = ['BasicOptStepper']
+__all__ = ['BasicOptStepper', 'has_direct_step', 'direct_step']
 
 # %% ../../nbs/learner/00_optimizers.ipynb #cb6d91a7
 class BasicOptStepper(Fan):
@@ -42,7 +43,7 @@ class BasicOptStepper(Fan):
         if not self.params:
             raise ValueError(message(str(self), "model", f"is a {type(model).__name__} without parameters to train", "a network that learns",
                                      "is it a target network?"))
-        self.opt = _fused(opt, self.params, lr)
+        self.opt, self._direct = _fused(opt, self.params, lr), False
 
     def forward(self, item: Any) -> tuple:
         if not isinstance(item, dict) or "loss" not in item or not self._is_for_me(item):
@@ -57,8 +58,19 @@ class BasicOptStepper(Fan):
         else:
             for p, g in zip(self.params, grads):
                 p.grad = g if p.grad is None else p.grad + g
-        self.opt.step()
+        self._step()
         return () if self.filter else ({**item, "loss": loss.detach(), "stepped": True, "grads": None},)
+
+    def compile(self, **options: Any) -> None:
+        "Step with as little as there is between the gradients and the kernel, see `direct_step`; other optimizers step as before, with a warning"
+        if has_direct_step(self.opt):
+            self._direct = True
+        else:
+            warnings.warn(f"{self}: {type(self.opt).__name__} steps as before, expected torch.optim.Adam or AdamW with fused kernels and without hooks", stacklevel=3)
+
+    def _step(self):
+        if not self._direct or not direct_step(self.opt):
+            self.opt.step()
 
     def _is_for_me(self, item):
         return item.get("model", self.model) is self.model and not item.get("stepped")
@@ -110,3 +122,33 @@ def _fused(opt, params, lr):
         return opt(params, lr=lr, fused=True)
     except (RuntimeError, TypeError, ValueError):
         return made
+
+# %% ../../nbs/learner/00_optimizers.ipynb #06518a1a
+def has_direct_step(
+    opt: torch.optim.Optimizer,  # any
+) -> bool:
+    "Is it an Adam with fused kernels that nobody has hooked into?"
+    hooked = opt._optimizer_step_pre_hooks or opt._optimizer_step_post_hooks
+    plain = all(g.get("fused") and not (g["amsgrad"] or g["maximize"] or g["differentiable"]) for g in opt.param_groups) if type(opt) in _KERNELS else False
+    return plain and not hooked
+
+
+_KERNELS = {torch.optim.Adam: torch._fused_adam_, torch.optim.AdamW: torch._fused_adamw_}
+
+
+@torch.no_grad()
+def direct_step(
+    opt: torch.optim.Optimizer,  # for which `has_direct_step`
+) -> bool:  # has it stepped?
+    "One step of Adam, if its state is there and every parameter has a gradient. Source: Kingma and Ba 2015, Alg. 1"
+    state = opt.state
+    if any(p.grad is None or "step" not in state[p] for g in opt.param_groups for p in g["params"]):
+        return False
+    for g in opt.param_groups:
+        params = g["params"]
+        states = [state[p] for p in params]
+        steps, (beta1, beta2) = [s["step"] for s in states], g["betas"]
+        torch._foreach_add_(steps, 1)
+        _KERNELS[type(opt)](params, [p.grad for p in params], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [], steps, lr=g["lr"], beta1=beta1, beta2=beta2,
+                            weight_decay=g["weight_decay"], eps=g["eps"], amsgrad=False, maximize=False, grad_scale=None, found_inf=None)
+    return True

@@ -102,7 +102,7 @@ def save_run(
     memories = {n: m for n, m in named_modules(head).items() if isinstance(m, ReplayMemory)}
     if why := inexact_because(state):
         warnings.warn(f"{head}.save: the environments begin new episodes when this checkpoint is loaded, all else continues to the bit ({why})", stacklevel=3)
-    info = {"learner": str(head), "env_steps": head.recorder.env_steps, "epoch": head.recorder.epoch, "environments": "boundary" if why else "exact", "because": why,
+    info = {"learner": str(head), "env_steps": head.recorder.env_steps, "epoch": head.recorder.epoch, "environments": "boundary" if why else "exact", "because": why, "compiled": head.compiled,
             "run": run_of(head), "graph": graph_of(head)}
     return save_checkpoint(folder, state, info, memories, keep)
 
@@ -201,6 +201,8 @@ def _say_what_differs(head, state, manifest):
         said.append(f"the checkpoint was written with {', '.join(other)}, so equal bits are not certain")
     if head.context.device.type == "cpu" and manifest.get("threads") != torch.get_num_threads():
         said.append(f"torch has {torch.get_num_threads()} threads and had {str(manifest.get('threads'))[:20]}, which may change the last bits of sums")
+    if bool(manifest.get("compiled")) != head.compiled:
+        said.append(f"the run was {'compiled' if manifest.get('compiled') else 'not compiled'} and {'is' if head.compiled else 'is not'} now, which changes the last bits of sums")
     if said:
         warnings.warn(f"{head}.load: {'; '.join(said)}", stacklevel=4)
 
@@ -212,7 +214,8 @@ def load_run(
 ) -> Any:  # a learner
     "Build a learner again as it was, and continue from its checkpoint. Raises CheckpointError"
     from fastrl_pipes.learner.registry import algorithm_names, get_algorithm
-    run = read_manifest(folder, manifest_name(which)).get("run")
+    manifest = read_manifest(folder, manifest_name(which))
+    run = manifest.get("run")
     if not isinstance(run, dict) or not isinstance(run.get("settings"), dict) or run.get("algorithm") not in algorithm_names():
         raise CheckpointError(message("load_run", "run", f"is {str(run)[:200]}", "a registered algorithm with its settings",
                                       "build the learner as it was built, and use its load(folder)"))
@@ -227,6 +230,8 @@ def load_run(
             if isinstance(e, CheckpointError):
                 raise
             raise CheckpointError(message("load_run", "settings", f"build no learner ({type(e).__name__}: {str(e)[:300]})", f"those of {algorithm.name}")) from e
+    if manifest.get("compiled"):
+        learner.compile()
     load_run_into(learner, folder, which, environments)
     return learner
 

@@ -19,6 +19,8 @@ __all__ = ['Draws']
 # %% ../../nbs/pipes/09_draws.ipynb #456853b2
 class Draws:
     "Mixin: standard normal numbers from a generator that is part of the pipe's state"
+    given: list[torch.Tensor] | tuple = ()  # numbers that were drawn before, to be used first: a compiled graph draws nothing itself
+    _noted: list[torch.Tensor] | None = None  # where a watcher notes what is drawn
 
     def restart(self) -> None:
         super().restart()
@@ -30,19 +32,26 @@ class Draws:
         like: torch.Tensor,  # of the shape, dtype and device that are wanted
     ) -> torch.Tensor:  # standard normal
         "The next numbers"
+        if self.given:
+            return self.given.pop(0)
+        if self._noted is not None:
+            self._noted.append(torch.empty_like(like, memory_format=torch.contiguous_format))
         return torch.randn(like.shape, generator=self._generator, dtype=like.dtype, device=like.device)
 
     @contextlib.contextmanager
-    def undrawn(self) -> Iterator[None]:
+    def undrawn(
+        self,
+        noted: list[torch.Tensor] | None = None,  # filled with a tensor like each one that is drawn
+    ) -> Iterator[None]:
         "Inside of the block numbers come from elsewhere, the same ones in every block; afterwards it is as if none had been drawn"
-        kept = self.__dict__.get("_generator")
+        kept, self._noted = self.__dict__.get("_generator"), noted
         self._generator = torch.Generator((self.context and self.context.device) or "cpu").manual_seed(0)
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 yield
         finally:
-            self._generator = kept
+            self._generator, self._noted = kept, None
 
     def probe(self, item: Any) -> tuple:
         with self.undrawn():

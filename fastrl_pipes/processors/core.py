@@ -14,7 +14,9 @@ from torch import nn
 from ..core import SampledStep, SimpleStep, evaluating, leaves, mode_matters
 from ..errors import check_shape, message, shape_of
 from ..networks.contracts import buffers_kept, check_gradient
+from ..pipes.compiled import CompiledCall, Compiles, NotCompiled
 from ..pipes.core import Context, Fan
+from ..pipes.draws import Draws
 
 # %% auto #0
 __all__ = ['LossProcessor', 'check_network', 'check_value']
@@ -23,7 +25,7 @@ __all__ = ['LossProcessor', 'check_network', 'check_value']
 _WITH_THE_LOSS = ("grads", "signals")  # what a processor computes for the loss dictionary, not for the batch
 
 
-class LossProcessor(Fan):
+class LossProcessor(Compiles, Fan):
     "Base of loss processors: for a batch, `({'loss', 'model'}, batch)`. A subclass defines `loss(batch)` and names its networks"
     NETWORKS: tuple[str, ...] = ("model",)  # the attributes that hold networks; the first is the one to be stepped
 
@@ -39,10 +41,25 @@ class LossProcessor(Fan):
     def forward(self, item: Any) -> tuple:
         if not isinstance(item, SimpleStep):
             return (item,)
+        find = self.loss if self._compiled is None else self._from_graph
         if not self._others:
-            return self._emitted(self.loss(item), item)
+            return self._emitted(find(item), item)
         with evaluating(*self._others):
-            return self._emitted(self.loss(item), item)
+            return self._emitted(find(item), item)
+
+    def _from_graph(self, batch):
+        "The loss, with its gradient"
+        try:
+            grads, found = self._compiled(batch)
+        except NotCompiled as e:
+            self.stays_eager(e)
+            return self.loss(batch)
+        loss, computed = found if type(found) is tuple else (found, {})
+        return loss, {**computed, "grads": grads}
+
+    def compiled_call(self, **options: Any) -> CompiledCall:
+        "Loss and gradient as one graph"
+        return CompiledCall(self.loss, self.modules(), self.stepped, self if isinstance(self, Draws) else None, **options)
 
     def _emitted(self, found, batch):
         "The loss dictionary, and the batch with what was computed about it"

@@ -1,0 +1,257 @@
+"""`learner.compile()`: the same parameters as without, for every learner of the package; to the bit when resumed; and what does not compile says so."""
+import warnings
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from equality import TOLERANCE, UPDATES, A, S, critics, nothing_to_do, on_tape, tape_of
+
+from fastrl_pipes.agents.bc import BCLearner
+from fastrl_pipes.agents.ddpg import DDPGAgent, DDPGLearner
+from fastrl_pipes.agents.hddpg import HDDPGAgent, HDDPGLearner
+from fastrl_pipes.agents.iql import IQLAgent, IQLLearner
+from fastrl_pipes.agents.sac import SACAgent, SACLearner, sac
+from fastrl_pipes.agents.sacv import SACVAgent, SACVLearner
+from fastrl_pipes.agents.td3 import TD3Agent, TD3Learner, td3
+from fastrl_pipes.core import SimpleStep, leaves
+from fastrl_pipes.agents.core import SimpleModelRunner
+from fastrl_pipes.learner.head import LearnerHead
+from fastrl_pipes.learner.optimizers import BasicOptStepper
+from fastrl_pipes.learner.registry import algorithm_names
+from fastrl_pipes.learner.resume import load_run
+from fastrl_pipes.networks.actor_critic import Actor, Critic
+from fastrl_pipes.networks.ensemble import Critics, Value
+from fastrl_pipes.networks.policies import GaussianActor
+from fastrl_pipes.pipes.core import snapshot
+from fastrl_pipes.pipes.graph import find_pipe, find_pipes
+from fastrl_pipes.processors.core import LossProcessor
+from fastrl_pipes.processors.entropy import SoftCriticLossProcessor
+from fastrl_pipes.processors.td import TDLossProcessor
+
+HIDDEN = (24, 16)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile itself
+
+
+# --- learners on a tape ----------------------------------------------------------------------------------------------
+def policy(dtype, **more):
+    return GaussianActor(S, A, HIDDEN, **more).to(dtype)
+
+
+def ddpg_on(dtype, kind=DDPGLearner, agent=DDPGAgent, **more):
+    actor = Actor(S, A, *HIDDEN, batch_norm=more.pop("batch_norm", False)).to(dtype)
+    critic = Critic(S, A, *HIDDEN).to(dtype)
+    return kind(actor, critic, nothing_to_do(agent(actor)), logger_bases=[], bs=16, **more)
+
+
+def td3_on(dtype, **more):
+    actor = Actor(S, A, *HIDDEN).to(dtype)
+    return TD3Learner(actor, critics(dtype, 2), nothing_to_do(TD3Agent(actor)), [], **more)
+
+
+def sac_on(dtype, k=2, **more):
+    actor = policy(dtype)
+    return SACLearner(actor, critics(dtype, k), nothing_to_do(SACAgent(actor)), logger_bases=[], **more)
+
+
+def sacv_on(dtype, **more):
+    actor = policy(dtype)
+    return SACVLearner(actor, critics(dtype, 2), Value(S, HIDDEN).to(dtype), nothing_to_do(SACVAgent(actor)), logger_bases=[], **more)
+
+
+def iql_on(dtype, **more):
+    actor = policy(dtype, squash=False, log_std_bounds=(-5.0, 2.0), free_std=True)
+    return IQLLearner(actor, Critics(S, A, 2, HIDDEN).to(dtype), Value(S, HIDDEN).to(dtype), nothing_to_do(IQLAgent(actor)), [], **more)
+
+
+def bc_on(dtype, gaussian=True):
+    actor = policy(dtype, squash=False, log_std_bounds=(-5.0, 2.0), free_std=True) if gaussian else Actor(S, A, *HIDDEN).to(dtype)
+    return BCLearner(actor, (tape_of(dtype, 1), nothing_to_do(IQLAgent(actor) if gaussian else DDPGAgent(actor))), [])
+
+
+LEARNERS = {
+    "ddpg": ddpg_on,
+    "ddpg, batch norm": partial(ddpg_on, batch_norm=True),
+    "hddpg": partial(ddpg_on, kind=HDDPGLearner, agent=HDDPGAgent),
+    "td3": td3_on,
+    "sac": sac_on,
+    "sac, fixed temperature, three critics": partial(sac_on, k=3, alpha=0.2),
+    "sacv": sacv_on,
+    "iql": iql_on,
+    "iql, joint, signals": partial(iql_on, joint=True, signals=True),
+    "bc": bc_on,
+    "bc, deterministic": partial(bc_on, gaussian=False),
+}
+
+
+def learned(kind, dtype, compiled, updates, weighted=False, **options):
+    torch.manual_seed(3)
+    learner = LEARNERS[kind](dtype)
+    on_tape(learner, lambda p: isinstance(p, LossProcessor) and p is find_pipes(learner, LossProcessor)[0], tape_of(dtype, updates, weighted=weighted))
+    if compiled:
+        learner.compile(**options)
+    learner.start()
+    for _ in range(updates):
+        learner.next()
+    return learner
+
+
+def state_of(learner):
+    state = snapshot(learner)
+    return {path: x for path, x in leaves(state["modules"])}
+
+
+def assert_close(found, expected, **tolerance):
+    assert found.keys() == expected.keys() and len(found) > 8
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_every_algorithm_is_there():
+    assert set(algorithm_names()) == {name.split(",")[0] for name in LEARNERS}
+
+
+def both(kind, dtype, **options):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*stays eager.*")
+        compiled = learned(kind, dtype, True, UPDATES[dtype], **options)
+    losses = find_pipes(compiled, LossProcessor)
+    assert losses and all(p._compiled is not None and p._compiled.seconds > 0 for p in losses), "nothing was compiled"
+    assert all(p._direct for p in find_pipes(compiled, BasicOptStepper)), "an optimizer steps as before"
+    return state_of(compiled), state_of(learned(kind, dtype, False, UPDATES[dtype]))
+
+
+@pytest.mark.parametrize("dtype", UPDATES, ids=str)
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_the_graphs_learn_what_eager_learns(kind, dtype):
+    "The graphs as they are traced, without the compiler's code, which takes long to make"
+    found, expected = both(kind, dtype, backend="eager")
+    assert_close(found, expected, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype, kind", [(torch.float64, "sac"), (torch.float32, "td3"), *(pytest.param(d, k, marks=pytest.mark.slow) for k in LEARNERS for d in UPDATES)], ids=str)
+def test_compiled_learns_what_eager_learns(kind, dtype):
+    found, expected = both(kind, dtype)
+    assert_close(found, expected, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kind", ["ddpg", "td3", "sac"])
+def test_weighted_samples(kind):
+    "Importance weights count, and errors are told to a prioritised replay"
+    told = {}
+    for compiled in (True, False):
+        torch.manual_seed(3)
+        learner = LEARNERS[kind](torch.float64)
+        on_tape(learner, find_pipes(learner, LossProcessor)[0].__class__, tape_of(torch.float64, 20, weighted=True))
+        learner.context.priorities = lambda index, error, key=compiled: told.setdefault(key, []).append(error.clone())
+        if compiled:
+            learner.compile(backend="eager")
+        learner.start()
+        for _ in range(20):
+            learner.next()
+    assert len(told[True]) == 20
+    torch.testing.assert_close(torch.stack(told[True]), torch.stack(told[False]), rtol=1e-9, atol=1e-12)
+
+
+# --- acting ----------------------------------------------------------------------------------------------------------
+SMALL = dict(hidden1=24, hidden2=16, bs=16, warmup=40, max_sz=300, seed=2)
+
+
+@pytest.mark.parametrize("build", [sac, td3])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_compiled_chain_acts_as_before(build, n):
+    states, actions = torch.randn(20, n, 3, generator=torch.Generator().manual_seed(0)).numpy(), []
+    for compiled in (False, True):
+        learner = build("Pendulum-v1", n=n, mode="sync", **SMALL)
+        if compiled:
+            learner.compile(backend="eager")
+        learner.start()
+        actions.append(torch.stack([torch.from_numpy(learner.agent.act(SimpleStep(state=s, step_n=np.ones((n, 1), np.int64))).action.copy()) for s in states]))
+        runner = find_pipe(learner.agent, lambda p: isinstance(p, SimpleModelRunner))
+        assert (runner._compiled is not None and runner._compiled.seconds > 0) == compiled
+    torch.testing.assert_close(*actions, rtol=1e-4, atol=1e-6)
+    assert actions[0].shape == (20, n, 1) and actions[0].std() > 0.01
+
+
+def test_a_whole_run_is_as_before():
+    "Twenty updates of a whole stack on Pendulum; its replay holds the same transitions up to rounding"
+    states = []
+    for compiled in (False, True):
+        learner = sac("Pendulum-v1", **SMALL)
+        if compiled:
+            learner.compile(backend="eager")
+        learner.start()
+        for _ in range(20):
+            learner.next()
+        states.append(state_of(learner))
+    assert_close(states[1], states[0], rtol=1e-3, atol=1e-4)
+
+
+# --- resumed ---------------------------------------------------------------------------------------------------------
+def test_a_compiled_run_resumes_compiled_to_the_bit(tmp_path):
+    through = sac("Pendulum-v1", **SMALL).compile()
+    through.fit(env_steps=60)
+    through.save(tmp_path)
+    through.fit(env_steps=40)
+    again = load_run(tmp_path)
+    assert again.compiled
+    again.fit(env_steps=40)
+    expected, found = state_of(through), state_of(again)
+    assert found.keys() == expected.keys() and all(torch.equal(torch.as_tensor(found[k]), torch.as_tensor(expected[k])) for k in expected)
+    assert again.compile_seconds.keys() == through.compile_seconds.keys() and len(again.compile_seconds) == 4
+
+
+def test_loading_into_a_learner_that_is_not_compiled_says_so(tmp_path):
+    learner = sac("Pendulum-v1", **SMALL).compile(backend="eager")
+    learner.fit(env_steps=60)
+    learner.save(tmp_path)
+    with pytest.warns(UserWarning, match="the run was compiled and is not now"):
+        sac("Pendulum-v1", **SMALL).load(tmp_path)
+
+
+# --- what does not compile -------------------------------------------------------------------------------------------
+class Looks(TDLossProcessor):
+    "Asks what is in a tensor, which no graph can"
+    NETWORKS = ("critic",)
+
+    def target(self, batch):
+        return batch.reward if float(batch.reward.sum()) > 1e9 else batch.reward * 0.5
+
+
+def looking(compiled):
+    torch.manual_seed(0)
+    critic = Critics(S, A, 2, HIDDEN).double()
+    pipe = BasicOptStepper(Looks(tape_of(torch.float64, 10), critic, name="looks"), critic, 1e-3, filter=True)
+    learner = LearnerHead(pipe)
+    return learner.compile() if compiled else learner
+
+
+def test_what_does_not_compile_warns_once_by_name_and_goes_on():
+    eager, compiled = looking(False), looking(True)
+    with pytest.warns(UserWarning) as said:
+        for head in (eager, compiled):
+            head.start()
+            for _ in range(10):
+                head.next()
+    stays = [str(w.message) for w in said if "stays eager" in str(w.message)]
+    assert len(stays) == 1 and stays[0].startswith("looks: does not compile and stays eager (")
+    a, b = state_of(eager), state_of(compiled)
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=0.0)
+
+
+def test_an_optimizer_without_a_direct_step_warns_by_name():
+    actor = Actor(S, A, *HIDDEN)
+    learner = TD3Learner(actor, critics(torch.float32, 2), nothing_to_do(TD3Agent(actor)), [], critic_opt=torch.optim.SGD)
+    with pytest.warns(UserWarning, match="critic_opt: SGD steps as before"):
+        learner.compile()
+
+
+def test_another_width_of_batch_is_another_graph():
+    torch.manual_seed(0)
+    learner = LEARNERS["sac"](torch.float64)
+    tape = tape_of(torch.float64, 4)
+    on_tape(learner, SoftCriticLossProcessor, [tape[0], tape[1].map(lambda x: x[:5]), tape[2]])
+    learner.compile(backend="eager").start()
+    for _ in range(3):
+        learner.next()
+    assert len(find_pipe(learner, SoftCriticLossProcessor)._compiled._graphs) == 2
