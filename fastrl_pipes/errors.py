@@ -12,7 +12,7 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['Interrupted', 'Dry', 'WorkerError', 'CheckpointError', 'shape_of', 'message', 'check_shape', 'check_same_shape',
-           'check_number', 'check_choice', 'suggest']
+           'check_number', 'check_choice', 'suggest', 'check_keywords']
 
 # %% ../nbs/00_errors.ipynb #af37e5f8
 class Interrupted(Exception):
@@ -128,3 +128,15 @@ def suggest(
     "The nearest existing word, as a question"
     near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f"did you mean '{near[0]}'?" if near else ""
+
+# %% ../nbs/00_errors.ipynb #502e2e55
+def check_keywords(
+    who: str,  # the function that was called
+    given: Iterable[str],  # names of its keyword arguments
+    known: Iterable[str],  # those that there are
+) -> None:
+    "Refuse an argument that does not exist, and suggest the nearest. Raises TypeError, as Python does"
+    known = list(known)
+    for name in given:
+        if name not in known:
+            raise TypeError(message(who, name, "is no argument", f"one of {known}", suggest(name, known)))

@@ -24,6 +24,10 @@ class FakeLearner:
         self.agent = SimpleNamespace(predict=lambda observation: np.zeros(1, np.float32))
         self.validations = []
 
+    @property
+    def batches_seen(self):
+        return self.recorder.batch
+
     def describe(self):
         return f"FakeStack on {self.env}: state [B, 3] -> action [B, 1]"
 

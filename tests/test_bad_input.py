@@ -232,11 +232,17 @@ BAD = {  # what: (the call, its error, what the message must say)
     # words
     "an unknown argument of a pipe": (lambda: SoftTargetUpdater([], nets()[1], taus=0.1), T, ["SoftTargetUpdater", "'taus'", "did you mean 'tau'?"]),
     "an unknown argument of the stepper": (lambda: stack(sed=3), T, ["GymStepper", "'sed'", "did you mean 'seed'?"]),
-    "an unknown argument of the learner": (lambda: learner(critc_lr=0.1), T, ["DDPGLearner", "'critc_lr'"]),
+    "an unknown argument of the learner": (lambda: learner(critc_lr=0.1), T, ["DDPGLearner", "'critc_lr'", "did you mean 'critic_lr'?"]),
+    "an unknown argument of the builder": (lambda: ddpg(critc_lr=0.1), T, ["ddpg", "'critc_lr'", "did you mean 'critic_lr'?"]),
+    "a number as replay": (lambda: learner(replay=3), T, ["DDPGLearner", "'replay'", "is 3", "a function that puts a replay", "ExperienceReplay"]),
+    "priorities of a uniform replay": (lambda: ddpg(priority_alpha=0.5), V, ["ddpg", "'priority_alpha'", "0.5", "prioritized=True"]),
+    "priorities above 1": (lambda: ddpg(prioritized=True, priority_beta=1.5), V, ["PrioritizedReplay", "beta", "1.5", "[0, 1]"]),
+    "named observations for the builder": (lambda: ddpg("fastrl/Reach2D-v0"), T, ["ddpg", "observation_space", "desired_goal", "a Box of one axis", "GoalConditioned"]),
+    "images for the builder": (lambda: ddpg("fastrl/PixelReach-v0"), T, ["ddpg", "observation_space", "a Box of one axis", "conv_block"]),
     "a missing argument": (lambda: SoftTargetUpdater([]), T, ["SoftTargetUpdater", "'model'", "target_sync"]),
     "an unknown field": (lambda: SimpleStep().replace(rewrad=3), L, ["SimpleStep", "'rewrad'", "did you mean 'reward'?"]),
 }
-PLAIN_PYTHON = {"an unknown argument of a pipe", "an unknown argument of the stepper", "an unknown argument of the learner", "a missing argument"}
+PLAIN_PYTHON = {"an unknown argument of a pipe", "an unknown argument of the stepper", "a missing argument"}
 
 
 @pytest.mark.parametrize("what", BAD)

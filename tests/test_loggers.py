@@ -237,7 +237,7 @@ def test_without_a_terminal_there_are_plain_lines_as_they_come():
     process.wait(timeout=30)
     assert "\x1b" not in text and "\r" not in text and text.isascii()
     lines = text.splitlines()
-    assert lines[0] == "warming up: 100 random environment steps"
+    assert lines[0] == "warming up: 100 transitions before the first batch"
     header, one, two = lines[1:4]
     assert header.split("  ")[0].strip() == "critic loss" and one.split()[0] == "-" and two.split()[0] == "1"
     assert len(header) == len(one) == len(two), "columns are aligned"

@@ -191,6 +191,22 @@ def test_curves_refuse(curves, options, words):
         plot_curves(curves, **options)
 
 
+def test_runs_that_act_nowhere_are_as_long_as_their_updates(tmp_path):
+    header = ["cell", "seed", "updates", "env_steps", "mean"]
+    path = write_csv(tmp_path/"offline.csv", header, ["iql", 0, 300, 0, -160.0], ["iql", 1, 400, 0, -162.0])
+    table = learning_table(path, length="updates")
+    assert table.header[2] == "updates" and table.cells[0][2] == "300 to 400" and learning_table(path).cells[0][2] == "0"
+    with pytest.raises(ValueError, match="did you mean 'updates'"):
+        learning_table(path, length="update")
+    path = write_csv(tmp_path/"offline_curves.csv", header, *[["iql", 0, n, 0, -n] for n in (0, 100, 300)])
+    assert read_curves(path, x="updates")["iql"]["0"][0].tolist() == [0, 100, 300]
+    figure = plot_curves(path, x="updates")
+    assert figure.axes[0].lines[0].get_xdata()[-1] == 300 and figure.get_supxlabel() == "updates"
+    assert plot_curves(write_csv(tmp_path/"c.csv", header, ["iql", 0, 5, 0, 1.0])).get_supxlabel() == "environment steps"
+    with pytest.raises(ValueError, match="did you mean 'updates'"):
+        plot_curves(path, x="update")
+
+
 # --- run folders
 
 def a_run(folder, mean=-150.0, seed=0, done=100, budget=100, verdict=True, rows=True, goal=None, **config):

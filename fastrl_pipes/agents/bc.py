@@ -15,7 +15,7 @@ from .core import ActionClip, ActionScaler, AgentHead, PolicyRunner, SimpleModel
 from ..core import seed_everything
 from ..envs.stepper import GymStepper
 from ..errors import check_choice, message
-from ..learner.compose import finished_learner, sizes_of
+from ..learner.compose import finished_learner, known_arguments, sizes_of
 from ..learner.handover import take_over
 from ..learner.head import LearnerHead
 from ..learner.offline import batches_of
@@ -49,6 +49,7 @@ def BCAgent(
     return AgentHead(pipe, name="BCAgent")
 
 # %% ../../nbs/agents/60_bc.ipynb #2b4ce1ed
+@known_arguments()
 def BCLearner(
     actor: nn.Module,  # a stochastic policy that scores given actions; or a deterministic one, [B, S] -> [B, A]
     dls: Any,  # a source of batches, such as an OfflineReplay; or a pair, the second to validate in

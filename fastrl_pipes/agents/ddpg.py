@@ -19,7 +19,7 @@ from ..envs.stepper import GymStepper
 from ..exploration.comparison import ExplorationComparisonLogger
 from ..exploration.noise import OrnsteinUhlenbeck
 from ..learner.datablock import DataBlock, GymTransformBlock, JupyterTransformBlock, VSCodeTransformBlock
-from ..learner.compose import acting_side, finished_learner, sizes_of
+from ..learner.compose import acting_side, finished_learner, known_arguments, replay_of, sizes_of
 from ..learner.head import LearnerHead
 from ..learner.optimizers import BasicOptStepper
 from ..learner.registry import register_algorithm
@@ -82,6 +82,7 @@ def DDPGAgent(
     return AgentHead(pipe, name="DDPGAgent")
 
 # %% ../../nbs/agents/10_ddpg.ipynb #8b6f72f7
+@known_arguments()
 def DDPGLearner(
     actor: nn.Module,  # [B, S] -> [B, A] in [-1, 1]
     critic: nn.Module,  # ([B, S], [B, A]) -> [B, 1]
@@ -123,6 +124,7 @@ def DDPGLearner(
     return finished_learner("DDPGLearner", pipe, dls, logger_bases, batches, device, dp_augmentation_fns, debug)
 
 # %% ../../nbs/agents/10_ddpg.ipynb #7dd87490
+@known_arguments(DDPGLearner)
 def DDPGPerLearner(
     *args: Any,  # as `DDPGLearner`
     alpha: float = 0.6,  # how much priorities count; 0: uniform
@@ -151,6 +153,8 @@ def ddpg(
     warmup: int = 1000,  # environment steps with random actions before the first batch
     repeat: int = 1,  # batches per step of the environments
     prioritized: bool = False,  # draw what surprised more often (`PrioritizedReplay`)
+    priority_alpha: float | None = None,  # how much errors count then, in [0, 1]; None: 0.6
+    priority_beta: float | None = None,  # how much of the bias is taken back at first, in [0, 1]; None: 0.4
     theta: float = 0.15,  # how strongly the noise is drawn back
     sigma: float = 0.2,  # standard deviation of each push of the noise
     min_epsilon: float = 0.2,  # scale of the noise after `noise_steps`
@@ -169,7 +173,7 @@ def ddpg(
     pipe = GymStepper(env, agent, n, mode, seed, random_steps=warmup)
     return DDPGLearner(actor, critic, pipe, logger_bases=[], actor_lr=actor_lr, critic_lr=critic_lr, tau=tau, bs=bs, max_sz=max_sz, nsteps=nsteps,
                        device=device, batches=batches, discount=discount, warmup=warmup, repeat=repeat, clip_critic_grad=clip_critic_grad,
-                       replay=PrioritizedReplay if prioritized else ExperienceReplay)
+                       replay=replay_of("ddpg", prioritized, priority_alpha, priority_beta))
 
 
 ddpg = register_algorithm("ddpg", ddpg, "ddpg").build  # notes its settings in the learner, for `load_run`

@@ -17,7 +17,7 @@ from ..envs.stepper import GymStepper
 from ..errors import check_number
 from ..exploration.noise import OrnsteinUhlenbeck
 from ..functional.regression import hysteretic_weights
-from ..learner.compose import acting_side, finished_learner, sizes_of
+from ..learner.compose import acting_side, finished_learner, known_arguments, sizes_of
 from ..learner.head import LearnerHead
 from ..learner.optimizers import BasicOptStepper
 from ..learner.registry import register_algorithm
@@ -45,9 +45,11 @@ class HystereticCriticLossProcessor(CriticLossProcessor):
         discount: float = 0.99,  # per environment step, in [0, 1]
         q_increase_rate: float = 1.0,  # weight of squared errors where the target is above the estimate
         q_decrease_rate: float = 0.5,  # weight where it is below
+        nsteps: int = 1,  # steps that a sample spans; samples that carry their own discount overrule it
+        loss: Callable[..., nn.Module] = nn.MSELoss,  # makes the loss of Q and y; called with reduction="none" for weighted samples
         name: str | None = None,  # see `Pipe`
     ):
-        super().__init__(source, critic, t_actor, t_critic, discount, name=name)
+        super().__init__(source, critic, t_actor, t_critic, discount, nsteps, loss, name)
         check_number(str(self), "q_increase_rate", q_increase_rate, 0)
         check_number(str(self), "q_decrease_rate", q_decrease_rate, 0)
         self.q_increase_rate, self.q_decrease_rate = q_increase_rate, q_decrease_rate
@@ -70,6 +72,7 @@ def HDDPGAgent(
     return AgentHead(ActionScaler(ActionClip(pipe)), name="HDDPGAgent")
 
 # %% ../../nbs/agents/15_hddpg.ipynb #879ad722
+@known_arguments()
 def HDDPGLearner(
     actor: nn.Module,  # [B, S] -> [B, A] in [-1, 1]
     critic: nn.Module,  # ([B, S], [B, A]) -> [B, 1]

@@ -17,7 +17,7 @@ from .core import ActionClip, ActionScaler, AgentHead, PolicyRunner
 from ..core import seed_everything
 from ..envs.stepper import GymStepper
 from ..errors import check_number, message
-from ..learner.compose import finished_learner, sizes_of
+from ..learner.compose import finished_learner, known_arguments, sizes_of
 from ..learner.handover import take_over
 from ..learner.head import LearnerHead
 from ..learner.joint import JointOptStepper
@@ -55,13 +55,17 @@ class EpsilonPolicyRunner(PolicyRunner):
         check_number(str(self), "epsilon", epsilon, 0, 1)
         self.epsilon = epsilon
 
-    def _drawn(self, x):
-        mode = super()._drawn(x)
+    def answer(
+        self,
+        x: Any,  # [B, ...] tensor, or a nest of tensors
+    ) -> torch.Tensor:  # [B, A]
+        "A sample, the mode, or in validation rarely a sample"
+        mode = super().answer(x)
         if not self.deterministic or not self.epsilon:
             return mode
         sample = call_policy(self.model, x, noise=self.normal(mode))[0]
-        lucky = torch.rand(len(mode), 1, generator=self._generator, dtype=mode.dtype, device=mode.device)
-        return torch.where(lucky < self.epsilon, sample, mode)
+        lucky = torch.special.ndtr(self.normal(mode[:, :1])) <= self.epsilon  # uniform numbers, from the same source
+        return torch.where(lucky, sample, mode)
 
 # %% ../../nbs/agents/50_iql.ipynb #0b7a3b2d
 def IQLAgent(
@@ -78,6 +82,7 @@ def IQLAgent(
     return AgentHead(pipe, name="IQLAgent")
 
 # %% ../../nbs/agents/50_iql.ipynb #4e311a50
+@known_arguments()
 def IQLLearner(
     actor: nn.Module,  # a stochastic policy that scores given actions, see `networks.policies`
     critic: nn.Module,  # ([B, S], [B, A]) -> [k, B, R], for example `Critics`

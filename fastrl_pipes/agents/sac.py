@@ -15,14 +15,13 @@ from .core import ActionClip, ActionScaler, AgentHead, PolicyRunner
 from ..core import seed_everything
 from ..envs.stepper import GymStepper
 from ..exploration.noise import OrnsteinUhlenbeck
-from ..learner.compose import acting_side, finished_learner, sizes_of
+from ..learner.compose import acting_side, finished_learner, known_arguments, replay_of, sizes_of
 from ..learner.head import LearnerHead
 from ..learner.optimizers import BasicOptStepper
 from ..learner.registry import register_algorithm
 from ..loggers.collectors import LossCollector
 from ..loggers.signals import SignalCollector
 from ..memory.experience_replay import ExperienceReplay
-from ..memory.prioritized import PrioritizedReplay
 from ..networks.ensemble import Critics
 from ..networks.calls import model_device, model_dtype
 from ..networks.policies import GaussianActor
@@ -53,6 +52,7 @@ def SACAgent(
     return AgentHead(pipe, name="SACAgent")
 
 # %% ../../nbs/agents/30_sac.ipynb #0d2e494a
+@known_arguments()
 def SACLearner(
     actor: nn.Module,  # a stochastic policy: (state, action=None, noise=None) -> action, log_prob, entropy, mode
     critic: nn.Module,  # ([B, S], [B, A]) -> [k, B, 1], for example `Critics`
@@ -117,6 +117,8 @@ def sac(
     sigma: float = 0.0,  # standard deviation of each push of correlated noise while acting; 0: none
     repeat: int = 1,  # batches per step of the environments
     prioritized: bool = False,  # draw what surprised more often (`PrioritizedReplay`)
+    priority_alpha: float | None = None,  # how much errors count then, in [0, 1]; None: 0.6
+    priority_beta: float | None = None,  # how much of the bias is taken back at first, in [0, 1]; None: 0.4
     batches: int = 1000,  # pulls in an epoch
     device: str | None = None,  # where to learn
     mode: str = "auto",  # how the environments run: auto, single, sync, native, workers or async
@@ -128,7 +130,7 @@ def sac(
     pipe = GymStepper(env, SACAgent(actor, sigma), n, mode, seed, random_steps=warmup)
     return SACLearner(actor, critic, pipe, [], actor_lr, critic_lr=critic_lr, alpha=alpha, initial_alpha=initial_alpha, alpha_lr=alpha_lr, target_entropy=target_entropy, tau=tau,
                       bs=bs, max_sz=max_sz, nsteps=nsteps, discount=discount, warmup=warmup, repeat=repeat, batches=batches, device=device,
-                      replay=PrioritizedReplay if prioritized else ExperienceReplay)
+                      replay=replay_of("sac", prioritized, priority_alpha, priority_beta))
 
 
 sac = register_algorithm("sac", sac, "sac").build  # notes its settings in the learner, for `load_run`

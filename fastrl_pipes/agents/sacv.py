@@ -14,7 +14,7 @@ from torch import nn
 from .core import ActionClip, ActionScaler, AgentHead, PolicyRunner
 from ..core import seed_everything
 from ..envs.stepper import GymStepper
-from ..learner.compose import acting_side, finished_learner, sizes_of
+from ..learner.compose import acting_side, finished_learner, known_arguments, sizes_of
 from ..learner.head import LearnerHead
 from ..learner.optimizers import BasicOptStepper
 from ..learner.registry import register_algorithm
@@ -47,6 +47,7 @@ def SACVAgent(
     return AgentHead(pipe, name="SACVAgent")
 
 # %% ../../nbs/agents/40_sacv.ipynb #defc1738
+@known_arguments()
 def SACVLearner(
     actor: nn.Module,  # a stochastic policy: (state, action=None, noise=None) -> action, log_prob, entropy, mode
     critic: nn.Module,  # ([B, S], [B, A]) -> [k, B, 1], for example `Critics`

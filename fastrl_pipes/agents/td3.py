@@ -17,13 +17,12 @@ from ..envs.stepper import GymStepper
 from ..errors import check_number
 from ..exploration.noise import GaussianNoise
 from ..functional.policy_gradient import smoothed_action
-from ..learner.compose import acting_side, finished_learner, sizes_of
+from ..learner.compose import acting_side, finished_learner, known_arguments, replay_of, sizes_of
 from ..learner.head import LearnerHead
 from ..learner.optimizers import BasicOptStepper
 from ..learner.registry import register_algorithm
 from ..loggers.collectors import LossCollector
 from ..memory.experience_replay import ExperienceReplay
-from ..memory.prioritized import PrioritizedReplay
 from ..networks.actor_critic import Actor
 from ..networks.ensemble import Critics
 from ..networks.initializers import keep_weights
@@ -64,9 +63,11 @@ class SmoothedCriticLossProcessor(Draws, CriticLossProcessor):
         discount: float = 0.99,  # per environment step, in [0, 1]
         policy_noise: float = 0.2,  # standard deviation of the smoothing noise, in policy units
         noise_clip: float = 0.5,  # its bound
+        nsteps: int = 1,  # steps that a sample spans; samples that carry their own discount overrule it
+        loss: Callable[..., nn.Module] = nn.MSELoss,  # makes the loss of Q and y; called with reduction="none" for weighted samples
         name: str | None = None,  # see `Pipe`
     ):
-        super().__init__(source, critic, t_actor, t_critic, discount, name=name)
+        super().__init__(source, critic, t_actor, t_critic, discount, nsteps, loss, name)
         check_number(str(self), "policy_noise", policy_noise, 0)
         check_number(str(self), "noise_clip", noise_clip, 0)
         self.policy_noise, self.noise_clip = policy_noise, noise_clip
@@ -76,6 +77,7 @@ class SmoothedCriticLossProcessor(Draws, CriticLossProcessor):
         return smoothed_action(action, self.normal(action), self.policy_noise, self.noise_clip)
 
 # %% ../../nbs/agents/20_td3.ipynb #4e69661e
+@known_arguments()
 def TD3Learner(
     actor: nn.Module,  # [B, S] -> [B, A] in [-1, 1]
     critic: nn.Module,  # ([B, S], [B, A]) -> [k, B, 1], for example `Critics`
@@ -138,6 +140,8 @@ def td3(
     warmup: int = 1000,  # environment steps with random actions before the first batch
     repeat: int = 1,  # batches per step of the environments
     prioritized: bool = False,  # draw what surprised more often (`PrioritizedReplay`)
+    priority_alpha: float | None = None,  # how much errors count then, in [0, 1]; None: 0.6
+    priority_beta: float | None = None,  # how much of the bias is taken back at first, in [0, 1]; None: 0.4
     batches: int = 1000,  # pulls in an epoch
     device: str | None = None,  # where to learn
     mode: str = "auto",  # how the environments run: auto, single, sync, native, workers or async
@@ -150,7 +154,7 @@ def td3(
     pipe = GymStepper(env, TD3Agent(actor, sigma), n, mode, seed, random_steps=warmup)
     return TD3Learner(actor, critic, pipe, [], actor_lr, critic_lr=critic_lr, tau=tau, bs=bs, max_sz=max_sz, nsteps=nsteps, discount=discount,
                       policy_noise=policy_noise, noise_clip=noise_clip, policy_delay=policy_delay, warmup=warmup, repeat=repeat, batches=batches, device=device,
-                      replay=PrioritizedReplay if prioritized else ExperienceReplay)
+                      replay=replay_of("td3", prioritized, priority_alpha, priority_beta))
 
 
 td3 = register_algorithm("td3", td3, "td3").build  # notes its settings in the learner, for `load_run`

@@ -5,23 +5,29 @@
 # %% ../../nbs/learner/08_compose.ipynb #b4f729c7
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from gymnasium import spaces
 
 from ..envs.spaces import action_size
 from ..envs.stepper import GymStepper
-from ..errors import message
+from ..errors import check_keywords, message, shape_of
 from .datablock import epoch_length
 from .head import LearnerHead
 from .stacks import box_only, split_dls, with_collectors, with_nsteps
 from ..loggers.collectors import BatchCollector, EpocherCollector
 from ..loggers.progress import ProgressBarLogger
+from ..memory.experience_replay import ExperienceReplay
+from ..memory.prioritized import PrioritizedReplay
 from ..pipes.core import Pipe
 
 # %% auto #0
-__all__ = ['acting_side', 'finished_learner', 'sizes_of', 'vector_size']
+__all__ = ['acting_side', 'finished_learner', 'known_arguments', 'sizes_of', 'vector_size', 'replay_of']
 
 # %% ../../nbs/learner/08_compose.ipynb #acad37f7
 def acting_side(
@@ -58,6 +64,27 @@ def finished_learner(
     return learner
 
 # %% ../../nbs/learner/08_compose.ipynb #bc035cab
+def known_arguments(
+    onto: Callable = finished_learner,  # what further keywords are handed on to
+) -> Callable:  # decorator of a learner's function
+    "A learner that refuses, in its own name, arguments that do not exist and a replay that cannot be made. Raises TypeError"
+    def decorate(build):
+        own = inspect.signature(build).parameters
+        names = list(dict.fromkeys(n for n, p in [*own.items(), *inspect.signature(onto).parameters.items()]
+                                   if n not in ("who", "pipe") and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)))
+        position = list(own).index("replay") if "replay" in own else None
+
+        @functools.wraps(build)
+        def checked(*args, **kwargs):
+            check_keywords(build.__name__, kwargs, names)
+            replay = args[position] if position is not None and position < len(args) else kwargs.get("replay")
+            if replay is not None and not callable(replay):
+                raise TypeError(message(build.__name__, "replay", f"is {shape_of(replay)}", "a function that puts a replay on a stack", "such as ExperienceReplay or PrioritizedReplay, or a partial of one"))
+            return build(*args, **kwargs)
+        return checked
+    return decorate
+
+# %% ../../nbs/learner/08_compose.ipynb #38b1c0fd
 def sizes_of(
     who: str,  # which builder
     env: str,  # id of the environment
@@ -76,6 +103,25 @@ def vector_size(
     space: Any,  # an observation space
 ) -> int:  # its width
     "The width of a box of one axis. Raises TypeError for other spaces"
+    if isinstance(space, spaces.Dict):
+        raise TypeError(message(who, "observation_space", f"is a Dict of {list(space)}", "a Box of one axis",
+                                f"write networks whose forward takes what they need by name, such as forward(self, {next(iter(space), 'state')}), or wrap plain ones in GoalConditioned; "
+                                f"then build the agent and the learner of {who} from them"))
     if getattr(space, "shape", None) is None or len(space.shape) != 1:
-        raise TypeError(message(who, "observation_space", f"is {space}", "a Box of one axis", "for images and named observations build the networks yourself, and give them to the learner"))
+        raise TypeError(message(who, "observation_space", f"is {space}", "a Box of one axis", f"for images build networks with a conv_block, then the agent and the learner of {who} from them"))
     return space.shape[0]
+
+# %% ../../nbs/learner/08_compose.ipynb #d9a720de
+def replay_of(
+    who: str,  # which builder
+    prioritized: bool,  # draw what surprised more often?
+    priority_alpha: float | None = None,  # how much errors count; None: as `PrioritizedReplay` says
+    priority_beta: float | None = None,  # how much of the bias is taken back at first; None: as `PrioritizedReplay` says
+) -> Callable:  # (pipe, bs, max_sz, warmup, repeat=repeat) -> pipe
+    "What puts a replay on a builder's stack. Raises ValueError for numbers that would have no effect"
+    given = {name: value for name, value in (("alpha", priority_alpha), ("beta", priority_beta)) if value is not None}
+    if prioritized:
+        return partial(PrioritizedReplay, **given) if given else PrioritizedReplay
+    for name, value in given.items():
+        raise ValueError(message(who, f"priority_{name}", f"is {shape_of(value)}", "None, or prioritized=True", "a uniform replay has no priorities"))
+    return ExperienceReplay

@@ -143,13 +143,13 @@ class LearnerHead(Pipe):
 
     def compile(
         self,
-        **options: Any,  # of `torch.compile`; default: none on a CPU, mode="reduce-overhead" (CUDA graphs) on a GPU
+        **options: Any,  # of `pipes.compiled.CompiledCall`; default: none on a CPU, CUDA graphs on a GPU
     ) -> LearnerHead:  # itself
         """Learn with compiled graphs from now on: each loss with its gradient, each network that acts, each optimizer's step. The stack stays as it is, and so do the numbers, but for rounding.
 
         What it takes is spent when the first batch passes. A pipe that does not compile warns, by name, and stays eager"""
         if not options and self.context.device.type == "cuda":
-            options = {"mode": "reduce-overhead"}
+            options = {"triton.cudagraphs": True}
         for pipe in traverse(self):  # the acting chain among them
             if pipe is not self and hasattr(pipe, "compile"):
                 pipe.compile(**options)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import message, suggest
+from ..errors import check_keywords, message, suggest
 from .settings import Setting, settings_of
 
 # %% auto #0
@@ -55,6 +55,7 @@ def _recording(name, build):
     "The builder, which notes in the learner with which settings: from there they get into checkpoints, and `load_run` builds it again"
     @functools.wraps(build)
     def recorded(*args, **kwargs):
+        check_keywords(build.__name__, kwargs, inspect.signature(build).parameters)
         bound = inspect.signature(build).bind(*args, **kwargs)
         bound.apply_defaults()
         learner = build(*args, **kwargs)

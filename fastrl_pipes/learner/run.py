@@ -20,7 +20,7 @@ from ..loggers.progress import ProgressBarLogger
 from ..loggers.sinks import CSVLogger, write_rows
 
 # %% auto #0
-__all__ = ['STOP_SEED', 'VERDICT_SEED', 'RunFolder', 'train_run', 'verdict', 'verdict_text', 'play_run']
+__all__ = ['STOP_SEED', 'VERDICT_SEED', 'RunFolder', 'train_run', 'verdict', 'amount', 'verdict_text', 'play_run']
 
 # %% ../../nbs/learner/81_run.ipynb #3a042235
 class RunFolder:
@@ -140,11 +140,19 @@ def verdict(
     learner: Any,  # a learner head
     episodes: int = 200,  # fixed starts
     stop_at: float | None = None,  # the goal, if there was one
-) -> dict[str, Any]:  # mean, std, episodes, first_seed, env_steps, goal, reached
+) -> dict[str, Any]:  # mean, std, episodes, first_seed, env_steps, updates, goal, reached
     "How good the policy is without exploration"
     found = learner.validate(episodes=episodes, deterministic=True, seed=VERDICT_SEED)
     return {"mean": float(found["mean"]), "std": float(found["std"]), "episodes": episodes, "first_seed": VERDICT_SEED,
-            "env_steps": learner.recorder.env_steps, "goal": stop_at, "reached": None if stop_at is None else bool(found["mean"] >= stop_at)}
+            "env_steps": learner.recorder.env_steps, "updates": learner.batches_seen, "goal": stop_at, "reached": None if stop_at is None else bool(found["mean"] >= stop_at)}
+
+
+def amount(
+    env_steps: int,  # environment steps so far
+    updates: int | None = None,  # batches so far
+) -> str:
+    "How much was learned from, in words: steps, or updates where nothing was acted"
+    return f"{env_steps:,} environment steps" if env_steps or updates is None else f"{updates:,} updates"
 
 
 def verdict_text(
@@ -154,7 +162,7 @@ def verdict_text(
     error, last = found["std"] / math.sqrt(found["episodes"]), found["first_seed"] + found["episodes"] - 1
     goal = "" if found["goal"] is None else f"\nThe goal of {found['goal']:g} is {'reached' if found['reached'] else 'not reached'}."
     return (f"\nVerdict: mean return {found['mean']:.1f} (standard error {error:.1f}) over {found['episodes']} fixed starts, reset seeds "
-            f"{found['first_seed']} to {last}, without exploration,\nafter {found['env_steps']:,} environment steps in {found['seconds']:.0f} s.{goal}")
+            f"{found['first_seed']} to {last}, without exploration,\nafter {amount(found['env_steps'], found.get('updates'))} in {found['seconds']:.0f} s.{goal}")
 
 # %% ../../nbs/learner/81_run.ipynb #a955304b
 def play_run(

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import message, suggest
 from ..functional.aggregates import bootstrap_interval, interquartile_mean
-from ..loggers.curves import cell_of
+from ..loggers.curves import LENGTHS, cell_of
 
 # %% auto #0
 __all__ = ['ONE_RUN', 'SCORES', 'summary', 'Table', 'score_cells', 'spread', 'learning_table']
@@ -94,9 +94,10 @@ def learning_table(
     column: str | None = None,  # the score; None: 'mean' or 'mean_return'
     level: float = 0.95,  # of the intervals
     resamples: int = 10_000,  # drawings for them
+    length: str = "env_steps",  # the column that says how long a run was; where nothing acts, `updates`
 ) -> Table:
     "Mean, interquartile mean and their intervals per cell of a study. Raises ValueError for a cell that is not there, and for a run that is there twice"
-    found = _scores(path, column)
+    found = _scores(path, column, length)
     cells = list(found) if cells is None else [cells] if isinstance(cells, str) else list(cells)
     rows = []
     for cell in cells:
@@ -106,7 +107,7 @@ def learning_table(
         scores, steps = [s for s, _ in found[cell].values()], [n for _, n in found[cell].values()]
         rows.append({"cell": cell, **summary(scores, level, resamples), "steps": steps, "bar": goal, "reached": None if goal is None else sum(s >= goal for s in scores)})
     scored = SCORES if level == 0.95 else [h.replace("95%", f"{level:.0%}") for h in SCORES]
-    header = ["cell", "runs", "environment steps", *scored, *(["bar"] if bar is not None else [])]
+    header = ["cell", "runs", LENGTHS.get(length, length.replace("_", " ")), *scored, *(["bar"] if bar is not None else [])]
     text = [[r["cell"], str(r["runs"]), spread(r["steps"]), *score_cells(r), *([_reached(r)] if bar is not None else [])] for r in rows]
     return Table(header, text, rows, [ONE_RUN] if any(r["runs"] == 1 for r in rows) else [])
 
@@ -115,14 +116,14 @@ def _reached(row):
     return "" if row["bar"] is None else f"{row['reached']} of {row['runs']} reach {row['bar']:g}"
 
 
-def _scores(path, column):
-    "Cell -> seed -> score and environment steps"
+def _scores(path, column, length):
+    "Cell -> seed -> score and length"
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows:
         raise ValueError(message("learning_table", str(path), "has no row", "a header and a row per run"))
     column = column or ("mean" if "mean" in rows[0] else "mean_return")
-    for name in ("seed", "env_steps", column):
+    for name in ("seed", length, column):
         if name not in rows[0]:
             raise ValueError(message("learning_table", name, f"is no column of {path}", f"one of {list(rows[0])}", suggest(name, rows[0])))
     found: dict[str, dict[str, tuple[float, int]]] = {}
@@ -130,5 +131,5 @@ def _scores(path, column):
         seeds = found.setdefault(cell_of(row, "learning_table"), {})
         if row["seed"] in seeds:
             raise ValueError(message("learning_table", str(path), f"has seed {row['seed']} of {cell_of(row)!r} twice", "a row per run", "which of the two is it?"))
-        seeds[row["seed"]] = float(row[column]), int(float(row["env_steps"]))
+        seeds[row["seed"]] = float(row[column]), int(float(row[length]))
     return found

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['COLUMNS', 'cell_of', 'read_curves', 'draw_curves', 'finish_chart', 'plot_curves']
+__all__ = ['COLUMNS', 'LENGTHS', 'cell_of', 'read_curves', 'draw_curves', 'finish_chart', 'plot_curves']
 
 # %% ../../nbs/loggers/06_curves.ipynb #17f63639
 COLUMNS = {"mean": "mean return, without exploration", "validation": "mean return, without exploration",
            "rolling_reward": "rolling reward, with exploration"}  # column -> what it is; the first that a file has is drawn
+LENGTHS = {"env_steps": "environment steps"}  # how long a run was: column -> what it is, where the name does not say it
 
 
 def cell_of(
@@ -41,19 +42,20 @@ def cell_of(
 def read_curves(
     path: str | Path,  # CSV, a row per point
     y: str | None = None,  # the column that is drawn; None: the first of COLUMNS that is there
-) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:  # cell -> seed -> environment steps [K] and values [K]
+    x: str = "env_steps",  # the column that it is drawn over; where nothing acts, `updates`
+) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:  # cell -> seed -> x [K] and values [K]
     "Learning curves from a file. Raises ValueError where it has no row, or lacks a column"
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows:
         raise ValueError(message("read_curves", str(path), "has no row", "a header and a row per point"))
     y = y or next((name for name in COLUMNS if name in rows[0]), "mean")
-    for name in ("seed", "env_steps", y):
+    for name in ("seed", x, y):
         if name not in rows[0]:
             raise ValueError(message("read_curves", name, f"is no column of {path}", f"one of {list(rows[0])}", suggest(name, rows[0])))
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
-        found.setdefault(cell_of(row, "read_curves"), {}).setdefault(row["seed"], []).append((float(row["env_steps"]), float(row[y] or "nan")))
+        found.setdefault(cell_of(row, "read_curves"), {}).setdefault(row["seed"], []).append((float(row[x]), float(row[y] or "nan")))
     return {cell: {seed: tuple(np.array(sorted(points)).T) for seed, points in seeds.items()} for cell, seeds in found.items()}
 
 # %% ../../nbs/loggers/06_curves.ipynb #08ad9b80
@@ -104,9 +106,10 @@ def plot_curves(
     together: bool = False,  # all in one chart? Else one chart each
     lowest: float | None = None,  # lower end of the vertical axis
     path: str | Path | None = None,  # where to write a PNG as well
+    x: str = "env_steps",  # the column that curves are drawn over; where nothing acts, `updates`
 ) -> Figure:
     "Learning curves of a study: per cell the mean over seeds, its 95% interval, and the runs. Raises ValueError for a cell that is not there"
-    found = read_curves(source, y)
+    found = read_curves(source, y, x)
     cells = list(found) if cells is None else [cells] if isinstance(cells, str) else list(cells)
     for cell in cells:
         if cell not in found:
@@ -122,7 +125,7 @@ def plot_curves(
         finish_chart(ax, "" if together else chart[0], bars.pop() if len(bars) == 1 else None, lowest)
     for ax in axes[len(charts):]:
         ax.remove()
-    figure.supxlabel("environment steps", fontsize=10)
+    figure.supxlabel(LENGTHS.get(x, x.replace("_", " ")), fontsize=10)
     figure.supylabel(_meaning(source, y), fontsize=10)
     if path is not None:
         figure.savefig(path, dpi=120)

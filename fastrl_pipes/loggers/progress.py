@@ -78,7 +78,7 @@ class _Plain:
 
     def warm_up(self, done, total):
         if not self.warming:
-            self.write(f"warming up: {total} random environment steps")
+            self.write(f"warming up: {total} transitions before the first batch")
         self.warming = True
 
     def batch(self, done, total, comment):

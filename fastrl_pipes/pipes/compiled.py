@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..core import copied, leaves, map_leaves, mode_matters
+from ..errors import check_choice
 from .draws import Draws
 
 # %% auto #0
@@ -26,8 +27,8 @@ _aten = torch.ops.aten
 
 
 def _addmm(bias, x, weight, *, beta=1, alpha=1):
-    "The product first, so that the sum is part of the loop that comes next"
-    out = x @ weight
+    "The product first, so that the sum is part of the loop that comes next. One row, as in acting, is not worth a library's product: it becomes a loop of its own"
+    out = (x.mT * weight).sum(-2, keepdim=True) if x.shape[-2] == 1 else x @ weight
     return (out if alpha == 1 else out * alpha) + (bias if beta == 1 else bias * beta)
 
 
@@ -47,7 +48,7 @@ class _Holder(nn.Module):
 
 
 class CompiledCall:
-    """`fn(*args)` as a compiled graph for each signature of shapes and dtypes; with `stepped`, `(grads, fn(*args))` where fn returns a loss, or a loss and what was computed with it.
+    """`fn(*args)` as a compiled graph for each signature of shapes, strides and dtypes; with `stepped`, `(grads, fn(*args))` where fn returns a loss, or a loss and what was computed with it.
 
     Raises NotCompiled at the first call of a signature, before anything has changed."""
 
@@ -57,8 +58,11 @@ class CompiledCall:
         networks: dict[str, nn.Module],  # those that it calls
         stepped: nn.Module | None = None,  # the one whose gradient is wanted
         drawing: Draws | None = None,  # the pipe whose `normal` the function calls: numbers are drawn before, from its generator
-        **options: Any,  # of `torch.compile`, for example mode="reduce-overhead"
+        backend: str = "inductor",  # or "eager": the graph as it was traced, which is quickly made and no faster
+        **options: Any,  # of torch's compiler, as `torch.compile` takes them in `options`
     ):
+        check_choice("CompiledCall", "backend", backend, ("inductor", "eager"))
+        self.backend = backend
         self.fn, self.networks, self.stepped, self.drawing, self.options = fn, networks, stepped, drawing, options
         self.seconds = 0.0  # that tracing and compiling took
         self._graphs: dict[tuple, tuple] = {}
@@ -69,15 +73,16 @@ class CompiledCall:
     ) -> Any:  # what `fn` returns; with `stepped` the gradients, None for what the loss does not depend on, and what `fn` returns
         "The compiled function. Tensors that come out are without autograd history"
         given = [x for arg in args for _, x in leaves(arg)]
-        key = tuple([(x.shape, x.dtype) for x in given])
+        key = tuple([(x.shape, x.stride(), x.dtype) for x in given])
         if key not in self._graphs:
             try:
                 self._graphs[key] = self._made(args, given)
             except Exception as e:
                 raise NotCompiled(f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no reason given'}") from e
-        graph, held, likes, used, moved, spec = self._graphs[key]
+        graph, held, likes, drawn, wanted, used, moved, spec = self._graphs[key]
         with torch.no_grad():
-            out = graph(*[p.detach() for p in held], *[self.drawing.normal(x) for x in likes], *given)
+            noise = [self.drawing.normal(x) for x in likes]
+            out = graph(*[p.detach() for p in held], *[noise[i] for i in drawn], *[given[i] for i in wanted])
             if moved:
                 torch._foreach_copy_(moved, out[-len(moved):])
                 out = out[:-len(moved)]
@@ -87,7 +92,7 @@ class CompiledCall:
         return [next(grads) if u else None for u in used], pytree.tree_unflatten(list(grads), spec)
 
     def _made(self, args, given):
-        "(compiled graph, parameters and buffers it is given, numbers to be drawn, which gradients it returns, buffers it moves, how its output is nested)"
+        "(compiled graph, parameters and buffers it is given, numbers to be drawn, which of them it is given, which tensors, which gradients it returns, buffers it moves, how its output is nested)"
         began = time.perf_counter()
         holder, steps = _Holder(self.networks, self.fn), []
         if self.stepped is not None:
@@ -126,10 +131,13 @@ class CompiledCall:
         with torch.no_grad():
             example = [*[p.detach() for p in held], *[torch.zeros_like(x) for x in likes], *given]
             graph = torch.fx.experimental.proxy_tensor.make_fx(pure, decomposition_table=_DECOMPOSED)(*example)
-            graph = torch.compile(graph, fullgraph=True, dynamic=False, **self.options)
-            graph(*example)
+            needed = _without_unused(graph)
+            example = [example[i] for i in needed]
+            compiled = graph if self.backend == "eager" else _compiler()(graph, example, options=self.options)
+            compiled(*example)
         self.seconds += time.perf_counter() - began
-        return graph, held, likes, used, moved, specs[-1]
+        n, m = len(held), len(held) + len(likes)
+        return compiled, [held[i] for i in needed if i < n], likes, [i - n for i in needed if n <= i < m], [i - m for i in needed if i >= m], used, moved, specs[-1]
 
     def _watched(self, args, steps):
         "On which parameters does the loss depend, and which numbers are drawn? A loss has no gradient for the others, which is not the same as a gradient of zero"
@@ -146,6 +154,23 @@ class CompiledCall:
                 b.copy_(kept)
         return [g is not None for g in grads], likes
 
+
+
+def _compiler():
+    from torch import _inductor  # heavy, and not always needed
+    return _inductor.compile
+
+
+def _without_unused(graph):
+    "Take the inputs that nothing is made of out of a graph; returns the places of those that are left"
+    inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    needed = [i for i, n in enumerate(inputs) if n.users]
+    for n in inputs:
+        if not n.users:
+            graph.graph.erase_node(n)
+    graph.recompile()
+    return needed
+
 # %% ../../nbs/pipes/10_compiled.ipynb #615edfe3
 class NotCompiled(RuntimeError):
     "Tracing or compiling has failed; nothing has changed"
@@ -157,7 +182,7 @@ class Compiles:
 
     def compile(
         self,
-        **options: Any,  # of `torch.compile`
+        **options: Any,  # of `CompiledCall`
     ) -> None:
         "Work with a compiled graph from the next item on"
         self._compiled = self.compiled_call(**options)
