@@ -155,7 +155,8 @@ def _running():
 
 
 def _build(algorithm, values):
-    return algorithm.build(**{name: values[name] for name in algorithm.settings})
+    learner = algorithm.build(**{name: values[name] for name in algorithm.settings})
+    return learner.compile() if values.get("compile") else learner  # before a checkpoint is loaded, which says where the two differ
 
 
 def train(

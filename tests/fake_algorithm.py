@@ -16,6 +16,7 @@ from fastrl_pipes.loggers.recorder import Recorder
 
 class FakeLearner:
     "The part of a learner's interface that the command line uses"
+    compiled = False
     BATCHES, PAUSE = 10, 0.0
 
     def __init__(self, env, seed, lr, pause):

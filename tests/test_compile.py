@@ -1,4 +1,5 @@
 """`learner.compile()`: the same parameters as without, for every learner of the package; to the bit when resumed; and what does not compile says so."""
+import json
 import warnings
 from functools import partial
 
@@ -14,6 +15,7 @@ from fastrl_pipes.agents.iql import IQLAgent, IQLLearner
 from fastrl_pipes.agents.sac import SACAgent, SACLearner, sac
 from fastrl_pipes.agents.sacv import SACVAgent, SACVLearner
 from fastrl_pipes.agents.td3 import TD3Agent, TD3Learner, td3
+from fastrl_pipes.cli import main
 from fastrl_pipes.core import SimpleStep, leaves
 from fastrl_pipes.agents.core import SimpleModelRunner
 from fastrl_pipes.learner.head import LearnerHead
@@ -23,6 +25,7 @@ from fastrl_pipes.learner.resume import load_run
 from fastrl_pipes.networks.actor_critic import Actor, Critic
 from fastrl_pipes.networks.ensemble import Critics, Value
 from fastrl_pipes.networks.policies import GaussianActor
+from fastrl_pipes.pipes.compiled import CompiledCall
 from fastrl_pipes.pipes.core import snapshot
 from fastrl_pipes.pipes.graph import find_pipe, find_pipes
 from fastrl_pipes.processors.core import LossProcessor
@@ -200,6 +203,18 @@ def test_a_compiled_run_resumes_compiled_to_the_bit(tmp_path):
     expected, found = state_of(through), state_of(again)
     assert found.keys() == expected.keys() and all(torch.equal(torch.as_tensor(found[k]), torch.as_tensor(expected[k])) for k in expected)
     assert again.compile_seconds.keys() == through.compile_seconds.keys() and len(again.compile_seconds) == 4
+
+
+def test_the_command_line_compiles_and_goes_on_compiled(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(CompiledCall.__init__, "__defaults__", (None, None, "eager"))  # no compiler: this is about the wiring
+    run = ["train", "sac", "--env", "Pendulum-v1", "--preset", "none", "--hidden1", "8", "--hidden2", "8", "--bs", "8", "--warmup", "20", "--batches", "20", "--verdict-episodes", "1", "--out", str(tmp_path / "run")]
+    assert main([*run, "--env-steps", "60", "--compile", "true"]) == 0
+    assert "to compile." in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "checkpoint" / "manifest.json").read_text())["compiled"] is True
+    assert load_run(tmp_path / "run" / "checkpoint").compiled
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*compiled.*")
+        assert main(["train", "--resume", str(tmp_path / "run"), "--env-steps", "90"]) == 0
 
 
 def test_loading_into_a_learner_that_is_not_compiled_says_so(tmp_path):

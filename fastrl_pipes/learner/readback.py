@@ -88,7 +88,7 @@ def _trouble(config, rows, verdict):
     return ""
 
 # %% ../../nbs/learner/83_readback.ipynb #a6842d80
-OF_NO_INFLUENCE = ("seed", "preset", "checkpoint_every", "keep", "best_episodes", "threads")  # settings in which the runs of a group may differ
+OF_NO_INFLUENCE = ("seed", "preset", "checkpoint_every", "keep", "best_episodes", "threads", "compile")  # settings in which the runs of a group may differ
 
 
 def group_runs(

@@ -112,6 +112,7 @@ def train_run(
     checkpoint_every: int = 10_000,  # environment steps from one checkpoint to the next; 0: only at the end
     keep: int = 1,  # so many of the latest checkpoints stay
     best_episodes: int = 0,  # episodes without exploration at each checkpoint: the best one stays, too; 0: none
+    compile: bool = False,  # learn with compiled graphs? Quicker after a first batch that takes up to a minute; the same but for rounding
     say: Callable[[str], None] = lambda text: print(text, flush=True),  # where the words go
 ) -> dict[str, Any] | None:  # what `verdict` found; None if interrupted, or without episodes
     "Train with a bar, a CSV file, checkpoints and a plot. An interrupt saves, too"
@@ -120,6 +121,8 @@ def train_run(
     append = bool(rows := learner.recorder.rows)
     if append:
         write_rows(folder/"metrics.csv", rows)  # what was written after the checkpoint will be done again
+    if compile and not learner.compiled:
+        learner.compile()
     learner.folder = folder/"checkpoint"  # where an interrupt saves
     learner.loggers[:] = [ProgressBarLogger(), CSVLogger(folder/"metrics.csv", append=append)]
     after_epoch, began = _AfterEpoch(learner, stop_at, stop_episodes), time.perf_counter()
@@ -132,7 +135,7 @@ def train_run(
         return None
     found = verdict(learner, verdict_episodes, stop_at) | {"seconds": round(seconds, 1)}
     folder.write("verdict.json", json.dumps(found, indent=1) + "\n")
-    say(verdict_text(found))
+    say(verdict_text(found) + (f"\nThe first batches took {sum(learner.compile_seconds.values()):.0f} s to compile." if learner.compiled else ""))
     return found
 
 # %% ../../nbs/learner/81_run.ipynb #bd51bd3d
