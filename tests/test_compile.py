@@ -27,6 +27,7 @@ from fastrl_pipes.networks.ensemble import Critics, Value
 from fastrl_pipes.networks.policies import GaussianActor
 from fastrl_pipes.pipes.compiled import CompiledCall
 from fastrl_pipes.pipes.core import snapshot
+from fastrl_pipes.pipes.draws import Draws
 from fastrl_pipes.pipes.graph import find_pipe, find_pipes
 from fastrl_pipes.processors.core import LossProcessor
 from fastrl_pipes.processors.entropy import SoftCriticLossProcessor
@@ -253,6 +254,33 @@ def test_what_does_not_compile_warns_once_by_name_and_goes_on():
     assert len(stays) == 1 and stays[0].startswith("looks: does not compile and stays eager (")
     a, b = state_of(eager), state_of(compiled)
     torch.testing.assert_close(a, b, rtol=1e-12, atol=0.0)
+
+
+class LooksAtNoise(Draws, Looks):
+    "Draws, and then asks what is in it"
+
+    def target(self, batch):
+        return batch.reward + (self.normal(batch.reward) if float(batch.reward.sum()) > 1e9 else 0.0) + self.normal(batch.reward)
+
+
+def test_what_does_not_compile_draws_what_it_would_have_drawn():
+    states = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        critic = Critics(S, A, 2, HIDDEN).double()
+        pipe = BasicOptStepper(LooksAtNoise(tape_of(torch.float64, 10), critic), critic, 1e-3, filter=True)
+        learner = LearnerHead(pipe)
+        learner.context.seed = 5
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if compiled:
+                learner.compile()
+            learner.start()
+            for _ in range(10):
+                learner.next()
+        assert pipe.source._compiled is None
+        states.append(state_of(learner))
+    torch.testing.assert_close(states[1], states[0], rtol=1e-12, atol=0.0)
 
 
 def test_an_optimizer_without_a_direct_step_warns_by_name():

@@ -73,11 +73,13 @@ class CompiledCall:
     ) -> Any:  # what `fn` returns; with `stepped` the gradients, None for what the loss does not depend on, and what `fn` returns
         "The compiled function. Tensors that come out are without autograd history"
         given = [x for arg in args for _, x in leaves(arg)]
-        key = tuple([(x.shape, x.stride(), x.dtype) for x in given])
+        key = (*[(x.shape, x.stride(), x.dtype, x.device) for x in given], *[m.training for m in self.networks.values()])
         if key not in self._graphs:
             try:
                 self._graphs[key] = self._made(args, given)
             except Exception as e:
+                if self.drawing is not None:
+                    self.drawing.given = ()
                 raise NotCompiled(f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no reason given'}") from e
         graph, held, likes, drawn, wanted, used, moved, spec = self._graphs[key]
         with torch.no_grad():
@@ -153,7 +155,6 @@ class CompiledCall:
             for b, kept in zip(buffers, before):
                 b.copy_(kept)
         return [g is not None for g in grads], likes
-
 
 
 def _compiler():
