@@ -75,7 +75,7 @@ def bc_on(dtype, gaussian=True):
 
 LEARNERS = {
     "ddpg": ddpg_on,
-    "ddpg, batch norm": partial(ddpg_on, batch_norm=True),
+    "ddpg, batch norm": partial(ddpg_on, batch_norm=True, actor_opt=partial(torch.optim.Adam, eps=1e-3), critic_opt=partial(torch.optim.Adam, eps=1e-3)),
     "hddpg": partial(ddpg_on, kind=HDDPGLearner, agent=HDDPGAgent),
     "td3": td3_on,
     "sac": sac_on,
@@ -111,6 +111,11 @@ def assert_close(found, expected, **tolerance):
         torch.testing.assert_close(found[name], x, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def tolerance(kind, dtype):
+    "A bias in front of batch norm has no gradient but rounding, which Adam would blow up: hence its epsilon above, and here an absolute allowance for what is left"
+    return {**TOLERANCE[dtype], "atol": 1e-11} if "batch norm" in kind and dtype is torch.float64 else TOLERANCE[dtype]
+
+
 def test_every_algorithm_is_there():
     ours = {name for name in algorithm_names() if get_algorithm(name).build.__module__.startswith("fastrl_pipes.")}
     assert ours == {name.split(",")[0] for name in LEARNERS}
@@ -131,13 +136,13 @@ def both(kind, dtype, **options):
 def test_the_graphs_learn_what_eager_learns(kind, dtype):
     "The graphs as they are traced, without the compiler's code, which takes long to make"
     found, expected = both(kind, dtype, backend="eager")
-    assert_close(found, expected, **TOLERANCE[dtype])
+    assert_close(found, expected, **tolerance(kind, dtype))
 
 
 @pytest.mark.parametrize("dtype, kind", [(torch.float64, "sac"), (torch.float32, "td3"), *(pytest.param(d, k, marks=pytest.mark.slow) for k in LEARNERS for d in UPDATES)], ids=str)
 def test_compiled_learns_what_eager_learns(kind, dtype):
     found, expected = both(kind, dtype)
-    assert_close(found, expected, **TOLERANCE[dtype])
+    assert_close(found, expected, **tolerance(kind, dtype))
 
 
 @pytest.mark.parametrize("kind", ["ddpg", "td3", "sac"])
