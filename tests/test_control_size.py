@@ -1,18 +1,16 @@
 """How much there is to read. A line counts where there is code in it: no blank lines, comments or docstrings. A signature counts as the lines it
 would fill at 120 columns without its comments: one parameter stands on each line only for the sake of what is said about it."""
 import ast
-import importlib
 import inspect
 import io
 import math
-import pkgutil
 import sys
 import textwrap
 import tokenize
 
 import pytest
+from every_learner import learners
 
-from fastrl_pipes import agents
 from fastrl_pipes.agents import sac as sac_module
 from fastrl_pipes.agents import td3 as td3_module
 from fastrl_pipes.agents.sac import SACAgent, SACLearner, sac
@@ -90,13 +88,6 @@ def test_the_count_is_right():
 
 
 # --- learners --------------------------------------------------------------------------------------------------------
-def learners():
-    found = {}
-    for module in pkgutil.iter_modules(agents.__path__, "fastrl_pipes.agents."):
-        for name, thing in vars(importlib.import_module(module.name)).items():
-            if name.endswith("Learner") and inspect.isfunction(thing) and thing.__module__ == module.name:
-                found[name] = thing
-    return found
 
 
 @pytest.mark.parametrize("name", learners())

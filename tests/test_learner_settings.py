@@ -1,13 +1,11 @@
 """What learners and builders are given: unknown names, replays, priorities, windows and losses of every critic; and what a run without environment says of itself."""
-import importlib
 import inspect
-import pkgutil
 
 import pytest
 import torch
+from every_learner import learners
 from torch import nn
 
-from fastrl_pipes import agents
 from fastrl_pipes.agents.ddpg import ddpg
 from fastrl_pipes.agents.hddpg import HystereticCriticLossProcessor
 from fastrl_pipes.agents.sac import sac
@@ -23,15 +21,6 @@ from fastrl_pipes.networks.targets import target_of
 from fastrl_pipes.pipes.core import Context, bind
 from fastrl_pipes.pipes.graph import find_pipe
 from fastrl_pipes.processors.dpg import CriticLossProcessor
-
-
-def learners():
-    found = {}
-    for module in pkgutil.iter_modules(agents.__path__, "fastrl_pipes.agents."):
-        for name, thing in vars(importlib.import_module(module.name)).items():
-            if name.endswith("Learner") and inspect.isfunction(thing) and thing.__module__ == module.name:
-                found[name] = thing
-    return found
 
 
 # --- names
