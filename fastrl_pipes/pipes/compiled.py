@@ -9,7 +9,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,6 +33,18 @@ def _addmm(bias, x, weight, *, beta=1, alpha=1):
 
 
 _DECOMPOSED = {_aten.addmm.default: _addmm, _aten.baddbmm.default: _addmm}
+
+
+class _Graph(NamedTuple):
+    "A compiled graph, and how to call it"
+    call: Callable  # (held, drawn, wanted) -> gradients, what the function returns, buffers
+    held: list[torch.Tensor]  # parameters and buffers that it is given
+    likes: list[torch.Tensor]  # the numbers that the function draws, as tensors like them
+    drawn: list[int]  # which of them the graph is given
+    wanted: list[int]  # which of the arguments' tensors
+    used: list[bool]  # for each parameter that is stepped: has it a gradient?
+    moved: list[torch.Tensor]  # buffers that the function changes
+    spec: Any  # how its output is nested
 
 
 class _Holder(nn.Module):
@@ -65,7 +77,7 @@ class CompiledCall:
         self.backend = backend
         self.fn, self.networks, self.stepped, self.drawing, self.options = fn, networks, stepped, drawing, options
         self.seconds = 0.0  # that tracing and compiling took
-        self._graphs: dict[tuple, tuple] = {}
+        self._graphs: dict[tuple, _Graph] = {}
 
     def __call__(
         self,
@@ -81,20 +93,20 @@ class CompiledCall:
                 if self.drawing is not None:
                     self.drawing.given = ()
                 raise NotCompiled(f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no reason given'}") from e
-        graph, held, likes, drawn, wanted, used, moved, spec = self._graphs[key]
+        graph = self._graphs[key]
         with torch.no_grad():
-            noise = [self.drawing.normal(x) for x in likes]
-            out = graph(*[p.detach() for p in held], *[noise[i] for i in drawn], *[given[i] for i in wanted])
-            if moved:
-                torch._foreach_copy_(moved, out[-len(moved):])
-                out = out[:-len(moved)]
+            noise = [self.drawing.normal(x) for x in graph.likes]
+            out = graph.call(*[p.detach() for p in graph.held], *[noise[i] for i in graph.drawn], *[given[i] for i in graph.wanted])
+            if graph.moved:
+                torch._foreach_copy_(graph.moved, out[-len(graph.moved):])
+                out = out[:-len(graph.moved)]
         if self.stepped is None:
-            return pytree.tree_unflatten(out, spec)
-        grads = iter(out)
-        return [next(grads) if u else None for u in used], pytree.tree_unflatten(list(grads), spec)
+            return pytree.tree_unflatten(out, graph.spec)
+        rest = iter(out)
+        return [next(rest) if u else None for u in graph.used], pytree.tree_unflatten(list(rest), graph.spec)
 
     def _made(self, args, given):
-        "(compiled graph, parameters and buffers it is given, numbers to be drawn, which of them it is given, which tensors, which gradients it returns, buffers it moves, how its output is nested)"
+        "Trace and compile for these arguments"
         began = time.perf_counter()
         holder, steps = _Holder(self.networks, self.fn), []
         if self.stepped is not None:
@@ -139,7 +151,7 @@ class CompiledCall:
             compiled(*example)
         self.seconds += time.perf_counter() - began
         n, m = len(held), len(held) + len(likes)
-        return compiled, [held[i] for i in needed if i < n], likes, [i - n for i in needed if n <= i < m], [i - m for i in needed if i >= m], used, moved, specs[-1]
+        return _Graph(compiled, [held[i] for i in needed if i < n], likes, [i - n for i in needed if n <= i < m], [i - m for i in needed if i >= m], used, moved, specs[-1])
 
     def _watched(self, args, steps):
         "On which parameters does the loss depend, and which numbers are drawn? A loss has no gradient for the others, which is not the same as a gradient of zero"
