@@ -16,7 +16,7 @@ from ..errors import check_number, message, shape_of
 from ..pipes.core import Fan
 
 # %% auto #0
-__all__ = ['BasicOptStepper', 'has_direct_step', 'direct_step']
+__all__ = ['BasicOptStepper', 'has_direct_step', 'DirectStep']
 
 # %% ../../nbs/learner/00_optimizers.ipynb #cb6d91a7
 class BasicOptStepper(Fan):
@@ -43,7 +43,7 @@ class BasicOptStepper(Fan):
         if not self.params:
             raise ValueError(message(str(self), "model", f"is a {type(model).__name__} without parameters to train", "a network that learns",
                                      "is it a target network?"))
-        self.opt, self._direct = _fused(opt, self.params, lr), False
+        self.opt, self._direct = _fused(opt, self.params, lr), DirectStep()
 
     def forward(self, item: Any) -> tuple:
         if not isinstance(item, dict) or "loss" not in item or not self._is_for_me(item):
@@ -52,24 +52,18 @@ class BasicOptStepper(Fan):
         grads = item.get("grads")
         if grads is None:
             grads = self._gradients(loss)
-        if self.do_zero_grad:
-            for p, g in zip(self.params, grads):
-                p.grad = g
-        else:
-            for p, g in zip(self.params, grads):
-                p.grad = g if p.grad is None else p.grad + g
+        for p, g in zip(self.params, grads):
+            p.grad = g if self.do_zero_grad or p.grad is None else p.grad + g
         self._step()
         return () if self.filter else ({**item, "loss": loss.detach(), "stepped": True, "grads": None},)
 
     def compile(self, **options: Any) -> None:
-        "Step with as little as there is between the gradients and the kernel, see `direct_step`; other optimizers step as before, with a warning"
-        if has_direct_step(self.opt):
-            self._direct = True
-        else:
+        "An optimizer whose kernel is called directly has nothing to gain; others step as before, with a warning"
+        if not has_direct_step(self.opt):
             warnings.warn(f"{self}: {type(self.opt).__name__} steps as before, expected torch.optim.Adam or AdamW with fused kernels and without hooks", stacklevel=3)
 
     def _step(self):
-        if not self._direct or not direct_step(self.opt):
+        if not self._direct(self.opt):
             self.opt.step()
 
     def _is_for_me(self, item):
@@ -124,31 +118,53 @@ def _fused(opt, params, lr):
         return made
 
 # %% ../../nbs/learner/00_optimizers.ipynb #06518a1a
+_KERNELS = {torch.optim.Adam: torch._fused_adam_, torch.optim.AdamW: torch._fused_adamw_}
+
+
 def has_direct_step(
     opt: torch.optim.Optimizer,  # any
 ) -> bool:
     "Is it an Adam with fused kernels that nobody has hooked into?"
-    hooked = opt._optimizer_step_pre_hooks or opt._optimizer_step_post_hooks
-    plain = all(g.get("fused") and not (g["amsgrad"] or g["maximize"] or g["differentiable"]) for g in opt.param_groups) if type(opt) in _KERNELS else False
-    return plain and not hooked
+    plain = type(opt) in _KERNELS and all(g.get("fused") and not (g["amsgrad"] or g["maximize"] or g["differentiable"]) for g in opt.param_groups)
+    return plain and not _hooked(opt)
 
 
-_KERNELS = {torch.optim.Adam: torch._fused_adam_, torch.optim.AdamW: torch._fused_adamw_}
+def _hooked(opt):
+    return opt._optimizer_step_pre_hooks or opt._optimizer_step_post_hooks or "step" in opt.__dict__
 
 
-@torch.no_grad()
-def direct_step(
-    opt: torch.optim.Optimizer,  # for which `has_direct_step`
-) -> bool:  # has it stepped?
-    "One step of Adam, if its state is there and every parameter has a gradient. Source: Kingma and Ba 2015, Alg. 1"
-    state = opt.state
-    if any(p.grad is None or "step" not in state[p] for g in opt.param_groups for p in g["params"]):
-        return False
-    for g in opt.param_groups:
-        params = g["params"]
-        states = [state[p] for p in params]
-        steps, (beta1, beta2) = [s["step"] for s in states], g["betas"]
-        torch._foreach_add_(steps, 1)
-        _KERNELS[type(opt)](params, [p.grad for p in params], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [], steps, lr=g["lr"], beta1=beta1, beta2=beta2,
-                            weight_decay=g["weight_decay"], eps=g["eps"], amsgrad=False, maximize=False, grad_scale=None, found_inf=None)
-    return True
+class DirectStep:
+    "The fused kernel of Adam, with lists of tensors that are put together once"
+
+    def __init__(self):
+        self._lists: list[tuple] = []  # of each group: kernel, parameters, averages, averages of squares, counts, settings
+        self._of: Any = None  # the state they are from
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        opt: torch.optim.Optimizer,  # any
+    ) -> bool:  # has it stepped?
+        "One step, where `has_direct_step`, the state is there and every parameter has a gradient. Source: Kingma and Ba 2015, Alg. 1"
+        if _hooked(opt) or not (self._is_current(opt) or self._gathered(opt)):
+            return False
+        grads = [[p.grad for p in params] for _, params, *_ in self._lists]
+        if any(g is None for part in grads for g in part):
+            return False
+        for (kernel, params, first, second, steps, group), part in zip(self._lists, grads):
+            torch._foreach_add_(steps, 1)
+            kernel(params, part, first, second, [], steps, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"],
+                   amsgrad=False, maximize=False, grad_scale=None, found_inf=None)
+        return True
+
+    def _is_current(self, opt):
+        "Are the tensors those that the optimizer has now? Loading makes a new state, another device other tensors"
+        return self._of is opt.state and all(opt.state[params[0]]["exp_avg"] is first[0] for _, params, first, *_ in self._lists)
+
+    def _gathered(self, opt):
+        "Put the lists together; False where this optimizer cannot be stepped by them, or not yet"
+        if not has_direct_step(opt) or any("step" not in opt.state.get(p, ()) for g in opt.param_groups for p in g["params"]):
+            return False
+        self._of, kernel = opt.state, _KERNELS[type(opt)]
+        self._lists = [(kernel, ps := list(g["params"]), *([opt.state[p][k] for p in ps] for k in ("exp_avg", "exp_avg_sq", "step")), g) for g in opt.param_groups]
+        return True

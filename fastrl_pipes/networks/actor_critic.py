@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import check_number, message, shape_of
-from .initializers import init_kaiming_normal_weights, init_uniform_weights
+from .initializers import activation_of, init_kaiming_normal_weights, init_uniform_weights
 
 # %% auto #0
 __all__ = ['Critic', 'Actor']
@@ -37,7 +37,7 @@ def _state_layers(who, state_sz, conv_block, batch_norm):
 # %% ../../nbs/networks/02_actor_critic.ipynb #cb2ff568
 def _hidden(n_in, n_out, activation_fn, batch_norm=False):
     "One hidden layer: linear, perhaps batch norm, activation"
-    return [nn.Linear(n_in, n_out), *([nn.BatchNorm1d(n_out)] if batch_norm else []), activation_fn()]
+    return [nn.Linear(n_in, n_out), *([nn.BatchNorm1d(n_out)] if batch_norm else []), activation_of(activation_fn)]
 
 
 def _start(network, head, weight_init_fn, final_layer_init_fn):

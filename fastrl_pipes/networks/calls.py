@@ -39,14 +39,17 @@ def call_model(
     "Call a network on an observation. Raises LookupError where it names a field that the observation lacks"
     if isinstance(state, dict):
         names = argument_names(model)
-        wanted = names[: names.index("action") if "action" in names else len(names) - len(more)] if more else names
-        missing = [n for n in wanted if n not in state]
-        if missing:
-            raise LookupError(message(type(model).__name__, missing[0], "is an argument of forward", f"one of the observation's fields {list(state)}"))
-        out = model(*[state[n] for n in wanted], *more)
+        out = model(*_fields(model, state, names[: names.index("action") if "action" in names else len(names) - len(more)] if more else names), *more)
     else:
         out = model(state, *more)
     return out[0] if isinstance(out, tuple) else out
+
+
+def _fields(model, state, names):
+    "The fields of an observation that a model asks for by name"
+    if missing := [n for n in names if n not in state]:
+        raise LookupError(message(type(model).__name__, missing[0], "is an argument of forward", f"one of the observation's fields {list(state)}"))
+    return [state[n] for n in names]
 
 # %% ../../nbs/networks/04_calls.ipynb #3c7dbf78
 def call_policy(
@@ -63,10 +66,7 @@ def call_policy(
             raise LookupError(message(type(model).__name__, "action", f"is no argument of forward{takes}", "forward(state, action=None)", "a given action is scored"))
         more["action"] = action
     if isinstance(state, dict):
-        wanted = [n for n in takes if n not in ("action", "noise")]
-        if missing := [n for n in wanted if n not in state]:
-            raise LookupError(message(type(model).__name__, missing[0], "is an argument of forward", f"one of the observation's fields {list(state)}"))
-        out = model(*[state[n] for n in wanted], **more)
+        out = model(*_fields(model, state, [n for n in takes if n not in ("action", "noise")]), **more)
     else:
         out = model(state, **more)
     return out if isinstance(out, tuple) else (out,)

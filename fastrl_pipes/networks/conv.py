@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import check_number, message, shape_of
+from .initializers import activation_of
 
 # %% auto #0
 __all__ = ['BytesToUnit', 'ddpg_conv2d_block']
@@ -50,7 +51,7 @@ def ddpg_conv2d_block(
                       "If frames are stacked, say ignore_warning=True", stacklevel=2)
     layers: list[nn.Module] = [BytesToUnit(), nn.BatchNorm2d(channels)]
     for n_in in (channels, *[filters] * (_LAYERS - 1)):
-        layers += [nn.Conv2d(n_in, filters, _KERNEL, _STRIDE), activation_fn()]
+        layers += [nn.Conv2d(n_in, filters, _KERNEL, _STRIDE), activation_of(activation_fn)]
         size = [(n - _KERNEL) // _STRIDE + 1 for n in size]
     return nn.Sequential(*layers, nn.Flatten()), filters * size[0] * size[1]
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import check_number, message
+from .initializers import activation_of
 
 # %% auto #0
 __all__ = ['BatchedLinear', 'Critics', 'first_value', 'Value']
@@ -35,7 +36,7 @@ class BatchedLinear(nn.Module):
         self,
         x: torch.Tensor,  # [k, B, inputs]
     ) -> torch.Tensor:  # [k, B, outputs]
-        return torch.baddbmm(self.bias, x, self.weight)
+        return torch.bmm(x, self.weight).add_(self.bias)  # `baddbmm` would first write k copies of the bias
 
     def one(
         self,
@@ -73,7 +74,7 @@ class Critics(nn.Module):
         hidden = _checked("Critics", hidden, state_sz=state_sz, action_sz=action_sz, k=k, reward_sz=reward_sz)
         self.k, widths = k, (state_sz + action_sz, *hidden, reward_sz)
         self.layers = nn.ModuleList(BatchedLinear(k, i, o) for i, o in zip(widths, widths[1:]))
-        self.activation = activation_fn()
+        self.activation = activation_of(activation_fn)
 
     def forward(
         self,
@@ -118,7 +119,7 @@ class Value(nn.Module):
     ):
         super().__init__()
         widths = (state_sz, *_checked("Value", hidden, state_sz=state_sz, reward_sz=reward_sz), reward_sz)
-        layers = [m for i, o in zip(widths, widths[1:]) for m in (nn.Linear(i, o), activation_fn())]
+        layers = [m for i, o in zip(widths, widths[1:]) for m in (nn.Linear(i, o), activation_of(activation_fn))]
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(

@@ -5,13 +5,15 @@
 # %% ../../nbs/networks/00_initializers.ipynb #e83b3203
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from ..errors import check_number
 
 # %% auto #0
-__all__ = ['init_xavier_uniform_weights', 'init_kaiming_normal_weights', 'init_uniform_weights', 'keep_weights']
+__all__ = ['init_xavier_uniform_weights', 'init_kaiming_normal_weights', 'init_uniform_weights', 'keep_weights', 'activation_of']
 
 # %% ../../nbs/networks/00_initializers.ipynb #96e977d4
 @torch.no_grad()
@@ -63,3 +65,10 @@ def keep_weights(
     m: nn.Module,  # any module
 ) -> None:
     "Leaves a layer as torch made it"
+
+# %% ../../nbs/networks/00_initializers.ipynb #e9d75770
+def activation_of(
+    activation_fn: Callable[[], nn.Module],  # makes an activation
+) -> nn.Module:  # for the place behind a linear layer, a convolution or a norm, none of which needs its output for its gradient
+    "An activation; ReLU works in place"
+    return nn.ReLU(inplace=True) if activation_fn is nn.ReLU else activation_fn()

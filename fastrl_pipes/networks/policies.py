@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import message
 from ..functional.gaussian import gaussian_entropy, gaussian_log_prob, squashed_log_prob, squashed_sample
 from .ensemble import _checked
+from .initializers import activation_of
 
 # %% auto #0
 __all__ = ['GaussianActor']
@@ -40,7 +41,7 @@ class GaussianActor(nn.Module):
             raise ValueError(message("GaussianActor", "log_std_bounds", f"is {log_std_bounds}", "(low, high), in this order"))
         self.action_sz, self.squash, self.log_std_bounds = action_sz, squash, log_std_bounds
         widths = (state_sz, *hidden)
-        layers = [m for i, o in zip(widths, widths[1:]) for m in (nn.Linear(i, o), activation_fn())]
+        layers = [m for i, o in zip(widths, widths[1:]) for m in (nn.Linear(i, o), activation_of(activation_fn))]
         self.layers = nn.Sequential(*layers, nn.Linear(hidden[-1], action_sz if free_std else 2 * action_sz))
         self.free_log_std = nn.Parameter(torch.zeros(1, action_sz)) if free_std else None
 
