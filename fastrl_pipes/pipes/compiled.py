@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from ..core import copied, leaves, map_leaves, mode_matters
+from ..core import SimpleStep, copied, map_leaves, mode_matters
 from ..errors import check_choice
 from .draws import Draws
 
@@ -27,9 +27,10 @@ _aten = torch.ops.aten
 
 
 def _addmm(bias, x, weight, *, beta=1, alpha=1):
-    "The product first, so that the sum is part of the loop that comes next. One row, as in acting, is not worth a library's product: it becomes a loop of its own"
+    """The product first, so that the sum is part of the loop that comes next; as a difference, which is the same number, since the compiler would make one call of product and sum again.
+    One row, as in acting, is not worth a library's product: it becomes a loop of its own"""
     out = (x.mT * weight).sum(-2, keepdim=True) if x.shape[-2] == 1 else x @ weight
-    return (out if alpha == 1 else out * alpha) + (bias if beta == 1 else bias * beta)
+    return (out if alpha == 1 else out * alpha) - (-bias if beta == 1 else bias * -beta)
 
 
 _DECOMPOSED = {_aten.addmm.default: _addmm, _aten.baddbmm.default: _addmm}
@@ -44,7 +45,7 @@ class _Graph(NamedTuple):
     wanted: list[int]  # which of the arguments' tensors
     used: list[bool]  # for each parameter that is stepped: has it a gradient?
     moved: list[torch.Tensor]  # buffers that the function changes
-    spec: Any  # how its output is nested
+    nest: Any  # how its output is nested, with an array in the place of each tensor
 
 
 class _Holder(nn.Module):
@@ -84,7 +85,8 @@ class CompiledCall:
         *args: Any,  # nests of tensors
     ) -> Any:  # what `fn` returns; with `stepped` the gradients, None for what the loss does not depend on, and what `fn` returns
         "The compiled function. Tensors that come out are without autograd history"
-        given = [x for arg in args for _, x in leaves(arg)]
+        given: list[torch.Tensor] = []
+        _tensors(args, given)
         key = (*[(x.shape, x.stride(), x.dtype, x.device) for x in given], *[m.training for m in self.networks.values()])
         if key not in self._graphs:
             try:
@@ -96,14 +98,14 @@ class CompiledCall:
         graph = self._graphs[key]
         with torch.no_grad():
             noise = [self.drawing.normal(x) for x in graph.likes]
-            out = graph.call(*[p.detach() for p in graph.held], *[noise[i] for i in graph.drawn], *[given[i] for i in graph.wanted])
+            out = graph.call(*graph.held, *[noise[i] for i in graph.drawn], *[given[i] for i in graph.wanted])
             if graph.moved:
                 torch._foreach_copy_(graph.moved, out[-len(graph.moved):])
                 out = out[:-len(graph.moved)]
-        if self.stepped is None:
-            return pytree.tree_unflatten(out, graph.spec)
         rest = iter(out)
-        return [next(rest) if u else None for u in graph.used], pytree.tree_unflatten(list(rest), graph.spec)
+        grads = None if self.stepped is None else [next(rest) if u else None for u in graph.used]
+        found = map_leaves(lambda _: next(rest), graph.nest)
+        return found if grads is None else (grads, found)
 
     def _made(self, args, given):
         "Trace and compile for these arguments"
@@ -119,7 +121,7 @@ class CompiledCall:
         own = {id(b) for b in self.stepped.buffers()} if self.stepped is not None and mode_matters(self.stepped) and self.stepped.training else set()
         moved = [b for b in buffers if id(b) in own]
         names = {id(x): n for n, x in [*holder.named_parameters(), *holder.named_buffers()]}
-        places, k, specs = [names[id(x)] for x in held], sum(used), []
+        places, k, shapes = [names[id(x)] for x in held], sum(used), []
 
         def pure(*flat):
             tensors = iter(flat[len(held) + len(likes):])
@@ -131,8 +133,8 @@ class CompiledCall:
                 if self.drawing is not None:
                     self.drawing.given = list(flat[len(held):len(held) + len(likes)])
                 out = torch.func.functional_call(holder, dict(zip(places, params)) | others | {names[id(b)]: r for b, r in zip(moved, running)}, tuple(nests))
-                found, spec = pytree.tree_flatten(out)
-                specs.append(spec)
+                found: list[torch.Tensor] = []
+                shapes.append(map_leaves(lambda x: found.append(x) or _PLACE, out))
                 found = [found[0], *[x.detach() for x in found[1:]]] if self.stepped is not None else found
                 return found[0], (found[1:], running)
             if self.stepped is None:
@@ -151,7 +153,7 @@ class CompiledCall:
             compiled(*example)
         self.seconds += time.perf_counter() - began
         n, m = len(held), len(held) + len(likes)
-        return _Graph(compiled, [held[i] for i in needed if i < n], likes, [i - n for i in needed if n <= i < m], [i - m for i in needed if i >= m], used, moved, specs[-1])
+        return _Graph(compiled, [held[i] for i in needed if i < n], likes, [i - n for i in needed if n <= i < m], [i - m for i in needed if i >= m], used, moved, shapes[-1])
 
     def _watched(self, args, steps):
         "On which parameters does the loss depend, and which numbers are drawn? A loss has no gradient for the others, which is not the same as a gradient of zero"
@@ -167,6 +169,19 @@ class CompiledCall:
             for b, kept in zip(buffers, before):
                 b.copy_(kept)
         return [g is not None for g in grads], likes
+
+
+_PLACE = np.empty(0)
+
+
+def _tensors(x, found):
+    "The tensors of a nest into a list, in the order of `leaves`, without their names"
+    if isinstance(x, torch.Tensor):
+        found.append(x)
+    elif isinstance(x, (tuple, list, dict, SimpleStep)):
+        for v in x._values(x) if isinstance(x, SimpleStep) else x.values() if isinstance(x, dict) else x:
+            if v is not None:
+                _tensors(v, found)
 
 
 def _compiler():
