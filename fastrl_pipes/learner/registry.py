@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import check_keywords, message, suggest
-from .settings import Setting, settings_of
+from .settings import Setting, settings_of, typed_parameters
 
 # %% auto #0
 __all__ = ['Algorithm', 'register_algorithm', 'load_presets', 'algorithm_names', 'get_algorithm']
@@ -28,7 +28,12 @@ class Algorithm:
     "A way to build learners"
     name: str  # as on the command line
     build: Callable[..., Any]  # settings -> learner
-    presets: dict[str, dict[str, Any]]  # name, usually an environment's id -> settings
+    source: dict[str, dict[str, Any]] | str | Path | None = None  # presets, or the YAML file that has them
+
+    @functools.cached_property
+    def presets(self) -> dict[str, dict[str, Any]]:  # name, usually an environment's id -> settings
+        "Read when they are asked for. Raises ValueError for a file that is no mapping of mappings"
+        return self.source if isinstance(self.source, dict) else load_presets(self.source) if self.source else {}
 
     @property
     def settings(self) -> dict[str, Setting]:
@@ -45,9 +50,9 @@ def register_algorithm(
     presets: dict[str, dict[str, Any]] | str | Path | None = None,  # name -> settings; or a YAML file
 ) -> Algorithm:
     "Make an algorithm known; a name that is registered already is replaced. Its `build` notes in a learner how it was built. Raises TypeError for a builder that cannot be read"
-    if "env" not in settings_of(build):
+    if "env" not in typed_parameters(build):  # comments and presets are read when somebody asks for them: importing an algorithm stays cheap
         raise TypeError(message("register_algorithm", "build", f"is {build.__name__}{inspect.signature(build)}", "a function with a parameter `env`"))
-    _REGISTERED[name] = Algorithm(name, _recording(name, build), presets if isinstance(presets, dict) else load_presets(presets) if presets else {})
+    _REGISTERED[name] = Algorithm(name, _recording(name, build), presets)
     return _REGISTERED[name]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import message, suggest
 
 # %% auto #0
-__all__ = ['Setting', 'settings_of', 'UsageError', 'Reader', 'flag']
+__all__ = ['Setting', 'typed_parameters', 'settings_of', 'UsageError', 'Reader', 'flag']
 
 # %% ../../nbs/learner/79_settings.ipynb #2bd51344
 @dataclass(frozen=True)
@@ -28,21 +28,26 @@ class Setting:
     help: str  # the comment beside the parameter
 
 
+def typed_parameters(
+    fn: Callable,  # annotated throughout
+    skip: Iterable[str] = (),  # parameters that are no settings
+) -> dict[str, inspect.Parameter]:  # in the order of the signature
+    "The parameters that can be settings. Raises TypeError for one without annotation, or for *args and **kwargs"
+    found = {name: p for name, p in inspect.signature(fn).parameters.items() if name not in skip}
+    for name, p in found.items():
+        if p.annotation is p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            raise TypeError(message(fn.__name__, name, "has no type", "an annotated parameter", "settings are read from the signature"))
+    return found
+
+
 def settings_of(
     fn: Callable,  # annotated throughout
     skip: Iterable[str] = (),  # parameters that are no settings
 ) -> dict[str, Setting]:  # in the order of the signature
-    "The parameters of a function. Raises TypeError for one without annotation, or for *args and **kwargs"
+    "What the parameters of a function are, with their comments. Raises TypeError as `typed_parameters`"
     from fastcore.docments import docments
-    hints, comments = typing.get_type_hints(fn), docments(fn)
-    found = {}
-    for name, p in inspect.signature(fn).parameters.items():
-        if name in skip:
-            continue
-        if name not in hints or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-            raise TypeError(message(fn.__name__, name, "has no type", "an annotated parameter", "settings are read from the signature"))
-        found[name] = Setting(name, hints[name], None if p.default is p.empty else p.default, p.default is p.empty, comments.get(name) or "")
-    return found
+    parameters, hints, comments = typed_parameters(fn, skip), typing.get_type_hints(fn), docments(fn)
+    return {name: Setting(name, hints[name], None if p.default is p.empty else p.default, p.default is p.empty, comments.get(name) or "") for name, p in parameters.items()}
 
 # %% ../../nbs/learner/79_settings.ipynb #b4c4f7bd
 class UsageError(ValueError):

@@ -9,7 +9,6 @@ import base64
 import io
 import sys
 from collections.abc import Sequence
-from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ __all__ = ['best_format', 'Video', 'VideoCollector']
 
 # %% ../../nbs/loggers/05_video.ipynb #be592229
 def _to_mp4(frames, fps):
+    from fractions import Fraction
     try:
         import av
     except ImportError as e:
