@@ -3,14 +3,17 @@ import sys
 from pathlib import Path
 
 import gymnasium
+import numpy as np
 import pytest
+import torch
 
 from fastrl_pipes.cli import main
 from fastrl_pipes.errors import WorkerError
-from fastrl_pipes.learner import bench, stopwatch
+from fastrl_pipes.learner import bench, bench_ours, stopwatch
 from fastrl_pipes.learner.workloads import RIVALS, WORKLOADS, Entrant, get_rival, get_workload
 
 BENCHMARKS = Path(__file__).resolve().parents[1]/"benchmarks"
+limit, ours_filled = (stopwatch.loaded(str(BENCHMARKS/"entrants"/f"{name}.py")) for name in ("limit", "ours_filled"))
 
 
 @pytest.fixture
@@ -133,3 +136,29 @@ def test_the_limit_counts_the_products_of_each_update(monkeypatch):
     assert macs("ddpg", s, a, (h, h), b) == critic + (2 * critic + last) + actor + (2 * actor + into) + critic + (last + first)
     assert macs("td3", s, a, (h, h), b) == 2 * critic + 2 * (2 * critic + last) + actor + ((2 * actor + into) + critic + (last + first)) / 2
     sys.modules.pop("limit")
+
+
+def test_environments_side_by_side_make_one_step_together(monkeypatch):
+    clocks, make = [], stopwatch.Clock
+    monkeypatch.setattr(stopwatch, "Clock", lambda *at: clocks.append(make(*at)) or clocks[-1])
+    job = WORKLOADS["W1"].job("ours", 10, 5) | {"warmup": 20, "n": 8, "bs": 32, "episodes": 0, "hidden": (16, 16)}
+    found = stopwatch.run_entrant(bench_ours, job)
+    assert clocks[0].at == (26, 36) and len(clocks[0].stamps) == 2 and abs(found["updates"] - 16) <= 1
+
+
+def test_the_limit_counts_each_product_and_each_environment(monkeypatch):
+    monkeypatch.setattr(limit, "product", lambda m, k, n, repeats, cold: (1e-3, 2e-3))
+    monkeypatch.setattr(limit, "env_step", lambda env, repeats: (5e-3, 5e-3))
+    job = WORKLOADS["W3"].job("limit", 100, 0) | {"n": 10}
+    calls = sum(limit.products("sac", 3, 1, job["hidden"], job["bs"]).values())
+    assert limit.measure(job)["steps"] == pytest.approx((1 / (calls * 1e-3 + 0.05), 1 / (calls * 2e-3 + 0.05)))
+
+
+def test_a_replay_is_filled_with_rows_that_it_has():
+    from fastrl_pipes.core import SimpleStep
+    from fastrl_pipes.memory.experience_replay import ReplayMemory
+    memory, rows = ReplayMemory(50), np.arange(8, dtype=np.float32)[:, None]
+    memory.write(SimpleStep(state=rows, action=rows, next_state=rows + 1, reward=rows, terminated=rows > 9, truncated=rows > 9))
+    ours_filled.fill(memory)
+    batch = memory.gather(torch.arange(50))
+    assert len(memory) == 50 and set(batch.state.flatten().tolist()) <= set(range(8)) and torch.equal(batch.next_state, batch.state + 1)

@@ -91,7 +91,7 @@ def measure(job):
     s, a = env.observation_space.shape[0], env.action_space.shape[0]
     found = [(times, product(*shape, repeats, job["entrant"].endswith("cold"))) for shape, times in products(job["algorithm"], s, a, job["hidden"], job["bs"], job["policy_delay"]).items()]
     if job["kind"] == "online":
-        found.append((1, env_step(job["env"], repeats)))
+        found.append((job["n"], env_step(job["env"], repeats)))
     cpu, wall = (sum(times * seconds[i] for times, seconds in found) for i in (0, 1))
     return {"steps": (1 / cpu, 1 / wall)}
 

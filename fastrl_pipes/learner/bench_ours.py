@@ -14,7 +14,7 @@ import fastrl_pipes
 from .registry import get_algorithm
 
 # %% auto #0
-__all__ = ['compiled', 'train', 'about']
+__all__ = ['compiled', 'built', 'train', 'about']
 
 # %% ../../nbs/learner/93_bench_ours.ipynb #7028d57b
 def compiled(
@@ -25,18 +25,26 @@ def compiled(
     return learner.compile() if job["entrant"].endswith("-compiled") else learner
 
 
+def built(
+    job: dict[str, Any],  # see `learner.stopwatch`
+    env_id: str,  # the environment with the clock
+) -> Any:  # a learner head
+    "The learner of a job, from plain settings; its environments run in this process, where the clock is"
+    torch.set_num_threads(job["threads"])
+    settings = {"env": env_id, "seed": job["seed"], "n": job["n"], "mode": "single" if job["n"] == 1 else "sync", "hidden1": job["hidden"][0], "hidden2": job["hidden"][1],
+                "actor_lr": job["lr"], "critic_lr": job["lr"], "tau": job["tau"], "bs": job["bs"], "max_sz": job["max_sz"], "discount": job["discount"], "warmup": job["warmup"] * job["n"]}
+    more = {"sac": {"alpha_lr": job["lr"]}, "td3": {"sigma": job["sigma"], "policy_delay": job["policy_delay"], "policy_noise": job["policy_noise"], "noise_clip": job["noise_clip"]}}
+    return compiled(get_algorithm(job["algorithm"]).build(**settings, **more.get(job["algorithm"], {})), job)
+
+
 def train(
     job: dict[str, Any],  # see `learner.stopwatch`
     env_id: str,  # the environment with the clock
-    steps: int,  # environment steps
+    steps: int,  # of all environments together
 ) -> tuple[Callable, int | None]:  # the policy without exploration, updates
-    "Build the learner from plain settings, and fit it"
-    torch.set_num_threads(job["threads"])
-    settings = {"env": env_id, "seed": job["seed"], "hidden1": job["hidden"][0], "hidden2": job["hidden"][1], "actor_lr": job["lr"], "critic_lr": job["lr"], "tau": job["tau"], "bs": job["bs"],
-                "max_sz": job["max_sz"], "discount": job["discount"], "warmup": job["warmup"]}
-    more = {"sac": {"alpha_lr": job["lr"]}, "td3": {"sigma": job["sigma"], "policy_delay": job["policy_delay"], "policy_noise": job["policy_noise"], "noise_clip": job["noise_clip"]}}
-    learner = compiled(get_algorithm(job["algorithm"]).build(**settings, **more.get(job["algorithm"], {})), job)
-    learner.fit(env_steps=steps)
+    "Build the learner, and fit it"
+    learner = built(job, env_id)
+    learner.fit(env_steps=steps * job["n"])
     return learner.agent.predict, learner.batches_seen
 
 

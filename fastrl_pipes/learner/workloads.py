@@ -27,9 +27,10 @@ class Workload:
     hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers, of every network
     bs: int = 256  # transitions in a batch
     lr: float = 1e-3  # learning rate of everything
+    n: int = 1  # environments side by side; steps, warmup and lead count the steps that all of them make together
     max_sz: int = 100_000  # transitions in the replay
     rows: int = 100_000  # transitions in the data set, of an offline workload
-    warmup: int = 1000  # environment steps before the first update
+    warmup: int = 1000  # steps before the first update
     episodes: int = 20  # of the evaluation behind the clock
     discount: float = 0.99  # per environment step
     tau: float = 0.005  # how far the targets move at each update
