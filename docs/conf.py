@@ -16,6 +16,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "nbdoc"]
 exclude_patterns = ["**/.ipynb_checkpoints", "**/_*", "llms.txt"]
 nb_execution_mode = "off"      # the outputs are in the notebooks
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # what a cell makes as Markdown may have tables and diagrams, too
 nb_code_prompt_show = nb_code_prompt_hide = "Imports"  # the only cells that nbdoc folds
 nb_ipywidgets_js = {}          # nothing is loaded from elsewhere
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
