@@ -93,6 +93,8 @@ def main():
         append_rows(args.out, new)
         for r in new:
             say(f"{r['workload']:24s} round {r['round'] + 1} {r['entrant']:14s} {r['what']:30s} {r['cpu_rate']:11.1f} per CPU second {r['wall_rate']:11.1f} per wall second")
+            if r["threads"] > 1 and r["cores"] < 0.9 * r["threads"]:
+                say(f"  which had {r['cores']:.2f} of {r['threads']} cores: threads wait for each other at every product, and the row says nothing where other work runs; take it out and run again")
     for i in range(0 if args.report else args.rounds):
         for p in chosen:
             for entrants, workload, steps in p.runs():

@@ -1,4 +1,5 @@
 """The benchmark: where the clock is read, what the numbers mean, and what is refused. Two tiny runs in processes of their own."""
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from fastrl_pipes.learner import bench, bench_ours, stopwatch
 from fastrl_pipes.learner.workloads import RIVALS, WORKLOADS, Entrant, get_rival, get_workload
 
 BENCHMARKS = Path(__file__).resolve().parents[1]/"benchmarks"
-limit, ours_filled = (stopwatch.loaded(str(BENCHMARKS/"entrants"/f"{name}.py")) for name in ("limit", "ours_filled"))
+limit, ours_filled, ours_profile = (stopwatch.loaded(str(BENCHMARKS/"entrants"/f"{name}.py")) for name in ("limit", "ours_filled", "ours_profile"))
+scaling = stopwatch.loaded(str(BENCHMARKS/"scaling.py"))
 
 
 @pytest.fixture
@@ -162,3 +164,25 @@ def test_a_replay_is_filled_with_rows_that_it_has():
     ours_filled.fill(memory)
     batch = memory.gather(torch.arange(50))
     assert len(memory) == 50 and set(batch.state.flatten().tolist()) <= set(range(8)) and torch.equal(batch.next_state, batch.state + 1)
+
+
+def test_a_filled_replay_learns_and_a_profile_has_a_row_for_each_pipe():
+    job = WORKLOADS["W3"].job("ours", 10, 5) | {"warmup": 40, "bs": 32, "max_sz": 500, "episodes": 0, "hidden": (16, 16)}
+    found = stopwatch.run_entrant(ours_filled, job)
+    assert abs(found["updates"] - 16) <= 1 and found["rows"]["steps"][0] > 0
+    rows = ours_profile.measure(job)
+    own = {name: 1 / cpu for name, (cpu, _) in rows.items()}
+    assert {"SoftCriticLossProcessor", "GymStepper: environments", "pull"} < set(own) and sum(own.values()) - own["pull"] == pytest.approx(own["pull"], rel=1e-3)
+
+
+def test_the_pictures_grid_leaves_the_base_point_in_one_setting_at_a_time():
+    grid = {p.workload.name: p for p in scaling.points()}
+    assert len(grid) == len(list(scaling.points()))
+    values = lambda axis: [int(name.split()[1]) for name, p in grid.items() if p.axis == axis]
+    assert all(values(axis)[0] == low and values(axis)[-1] == high for axis, low, high in (("n", 1, 1024), ("batch", 32, 4096), ("width", 32, 1024), ("replay", 1000, 1_000_000)))
+    base = grid["base"].workload
+    for name, p in grid.items():
+        start = dataclasses.replace(WORKLOADS["W3"], episodes=0) if p.axis == "n" else base
+        changed = {f for f, v in dataclasses.asdict(p.workload).items() if v != getattr(start, f)} - {"name", "title", "warmup"}
+        assert changed <= {{"n": "n", "batch": "bs", "width": "hidden", "replay": "max_sz"}.get(p.axis)} or p.axis == "threads" and len(changed) < 2
+        assert p.workload.warmup * p.workload.n >= p.workload.bs and all(w.job("x", steps, 1) for _, w, steps in p.runs())
