@@ -143,7 +143,9 @@ class Learner:
         elif self.name == "iql":
             with torch.no_grad():
                 least, coming = q_of(t["critic"], state, action).amin(0), forward(p["value"], after).squeeze(1)
-            advantage = self.stepped(p, adam, "value", expectile, state, least, job["expectile"])
+            self.stepped(p, adam, "value", expectile, state, least, job["expectile"])
+            with torch.no_grad():
+                advantage = least - forward(p["value"], state).squeeze(1)  # of the value that has stepped, as in the authors' code
             self.stepped(p, adam, "critic", fit_to, state, action, reward + discount * coming)
             self.stepped(p, adam, "actor", weighted, state, action, (job["temperature"] * advantage).exp().clamp(max=job["max_weight"]))
         else:

@@ -17,7 +17,7 @@ from ..core import SimpleStep, evaluating, leaves, map_leaves, mode_matters, to_
 from ..envs.spaces import action_map, action_size
 from ..errors import check_shape, message, shape_of
 from ..exploration.noise import Exploration
-from ..networks.calls import call_model, call_policy, model_device, model_dtype
+from ..networks.calls import argument_names, call_model, call_policy, model_device, model_dtype
 from ..networks.contracts import buffers_kept, check_model, check_policy
 from ..pipes.compiled import CompiledCall, Compiles, NotCompiled
 from ..pipes.control import Inlet
@@ -139,6 +139,7 @@ class PolicyRunner(Draws, SimpleModelRunner):
         super().on_bind(context)
         space = context.action_space
         self._width = action_size(space) if space is not None else getattr(self.model, "action_sz", None)
+        self._unscored = {"scored": False} if "scored" in argument_names(self.model) else {}
 
     def answer(
         self,
@@ -150,7 +151,7 @@ class PolicyRunner(Draws, SimpleModelRunner):
             return out[3] if len(out) > 3 else out[0]
         rows = len(next(_flat(x)))
         noise = None if self._width is None else self.normal(torch.empty(rows, self._width, dtype=self._dtype, device=self._device))
-        return call_policy(self.model, x, noise=noise)[0]
+        return call_policy(self.model, x, noise=noise, **self._unscored)[0]
 
     def validating(self, deterministic: bool, source: Any) -> PolicyRunner:
         "The mode where nothing is to be explored; otherwise samples, from a generator of its own"

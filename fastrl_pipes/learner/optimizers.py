@@ -73,12 +73,13 @@ class BasicOptStepper(Fan):
         try:
             grads = torch.autograd.grad(loss, self.params, allow_unused=True)
         except RuntimeError as e:
-            raise ValueError(message(str(self), "loss", f"is {shape_of(loss)} and has no gradient ({str(e).splitlines()[0]})",
-                                     "one number computed from the model's parameters")) from e
+            raise self._refused(f"is {shape_of(loss)} and has no gradient ({str(e).splitlines()[0]})", "one number computed from the model's parameters") from e
         if all(g is None for g in grads):
-            raise ValueError(message(str(self), "loss", f"does not depend on the parameters of {type(self.model).__name__}", "a loss of this model",
-                                     "which processor is it from? A dictionary's 'model' says whom it is for"))
+            raise self._refused(f"does not depend on the parameters of {type(self.model).__name__}", "a loss of this model", "which processor is it from? A dictionary's 'model' says whom it is for")
         return grads
+
+    def _refused(self, *what):
+        return ValueError(message(str(self), "loss", *what))
 
     def modules(self) -> dict[str, Any]:
         return {"model": self.model, "opt": self.opt}

@@ -57,16 +57,18 @@ def call_policy(
     state: Any,  # [B, ...] tensor, or a nest of tensors
     action: torch.Tensor | None = None,  # [B, A], to be scored
     noise: torch.Tensor | None = None,  # [B, A] standard normal; a policy that takes none draws for itself
+    **more: Any,  # further arguments of the policy
 ) -> tuple[torch.Tensor, ...]:  # action, log_prob, entropy, perhaps mode and more
     "Call a stochastic policy on an observation. Raises LookupError for a field or an argument that is missing"
     takes = argument_names(model)
-    more = {} if noise is None or "noise" not in takes else {"noise": noise}
+    if noise is not None and "noise" in takes:
+        more["noise"] = noise
     if action is not None:
         if "action" not in takes:
             raise LookupError(message(type(model).__name__, "action", f"is no argument of forward{takes}", "forward(state, action=None)", "a given action is scored"))
         more["action"] = action
     if isinstance(state, dict):
-        out = model(*_fields(model, state, [n for n in takes if n not in ("action", "noise")]), **more)
+        out = model(*_fields(model, state, [n for n in takes if n not in ("action", "noise", "scored")]), **more)
     else:
         out = model(state, **more)
     return out if isinstance(out, tuple) else (out,)

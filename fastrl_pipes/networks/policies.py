@@ -62,10 +62,13 @@ class GaussianActor(nn.Module):
         state: torch.Tensor,  # s_t [B, S]
         action: torch.Tensor | None = None,  # a_t [B, A] in [-1, 1], to be scored
         noise: torch.Tensor | None = None,  # [B, A] standard normal; None: from torch's generator
+        scored: bool = True,  # False: a sample alone, which is what acting needs
     ) -> tuple[torch.Tensor, ...]:  # action, log_prob, entropy, mode, mean, log_std
         mean, log_std = self.parameters_of(state)
-        if action is None and noise is None:
-            noise = torch.randn_like(mean)
+        noise = torch.randn_like(mean) if noise is None and action is None else noise
+        if not scored:
+            action = mean + log_std.exp() * noise
+            return (torch.tanh(action) if self.squash else action,)
         if not self.squash:
             action = mean + log_std.exp() * noise if action is None else action
             return action, gaussian_log_prob(mean, log_std, action), gaussian_entropy(log_std), mean, mean, log_std
