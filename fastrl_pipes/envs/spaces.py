@@ -9,13 +9,14 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium import spaces
 
 from ..errors import check_number, message, shape_of
 
 # %% auto #0
-__all__ = ['check_action_space', 'is_boxes', 'check_observation_space', 'BoxScaler', 'to_box', 'from_box', 'WholeMap', 'TupleMap',
-           'action_rows', 'action_size', 'action_map', 'env_actions', 'random_actions']
+__all__ = ['check_action_space', 'is_boxes', 'check_observation_space', 'torch_dtype', 'BoxScaler', 'to_box', 'from_box',
+           'WholeMap', 'TupleMap', 'action_rows', 'action_size', 'action_map', 'env_actions', 'random_actions']
 
 # %% ../../nbs/envs/02_spaces.ipynb #a01c9a8c
 def check_action_space(
@@ -71,6 +72,13 @@ def check_observation_space(
                                 "turn it into arrays of a fixed shape (gymnasium.wrappers.TransformObservation)"))
 
 # %% ../../nbs/envs/02_spaces.ipynb #27bb894f
+def torch_dtype(
+    dtype: np.dtype | type,  # NumPy's
+) -> torch.dtype:
+    "The same element type in torch"
+    return torch.from_numpy(np.zeros(0, dtype)).dtype
+
+# %% ../../nbs/envs/02_spaces.ipynb #d5ab5f9e
 class BoxScaler:
     "Policy units to the bounds, shape and dtype of a `Box`, and back"
 
@@ -88,6 +96,7 @@ class BoxScaler:
         low, high = np.where(self.bounded, low, -1), np.where(self.bounded, high, 1)
         self.scale, self.offset = self._inside(low, high, self._unit.type)
         self._same = not self._whole and bool(np.all(self.scale == 1) and np.all(self.offset == 0))
+        self._there: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.dtype]] = {}  # scale, offset and the box's dtype, where tensors came from
 
     @staticmethod
     def _inside(low, high, unit):
@@ -100,10 +109,12 @@ class BoxScaler:
 
     def to_env(
         self,
-        action: np.ndarray,  # [..., A] float, policy units
-    ) -> np.ndarray:  # [..., *shape] in the dtype of the box, new memory
+        action: np.ndarray | torch.Tensor,  # [..., A] float, policy units
+    ) -> np.ndarray | torch.Tensor:  # [..., *shape] in the dtype of the box, new memory; a tensor stays on its device
         "What `env.step` takes"
-        if self._same:
+        if isinstance(action, torch.Tensor):
+            raw = self._scaled_there(action)
+        elif self._same:
             raw = action.astype(self.dtype)
         else:
             raw = action * self.scale
@@ -113,6 +124,14 @@ class BoxScaler:
             if raw.dtype is not self.dtype:
                 raw = raw.astype(self.dtype)
         return raw if len(self.shape) == 1 else raw.reshape(action.shape[:-1] + self.shape)
+
+    def _scaled_there(self, action):
+        if action.device not in self._there:
+            scale, offset = (torch.as_tensor(np.array(x), device=action.device) for x in (self.scale, self.offset))
+            self._there[action.device] = scale, offset, torch_dtype(self.dtype)
+        scale, offset, dtype = self._there[action.device]
+        raw = action * scale + offset
+        return (raw.round() if self._whole else raw).to(dtype)
 
     def to_policy(
         self,
@@ -151,12 +170,18 @@ class WholeMap:
         check_action_space("WholeMap", space)
         self.shape, self.dtype, self.size = space.shape, space.dtype, action_size(space)
         self.start = np.ravel(getattr(space, "start", 0)).astype(space.dtype)
+        self._there: dict[torch.device, tuple[torch.Tensor, torch.dtype]] = {}  # where tensors came from
 
     def to_env(
         self,
-        action: np.ndarray,  # [B, K] whole numbers from zero
-    ) -> np.ndarray:  # [B] for Discrete, [B, *shape] otherwise, new memory
+        action: np.ndarray | torch.Tensor,  # [B, K] whole numbers from zero
+    ) -> np.ndarray | torch.Tensor:  # [B] for Discrete, [B, *shape] otherwise, new memory
         "What `env.step` takes"
+        if isinstance(action, torch.Tensor):
+            if action.device not in self._there:
+                self._there[action.device] = torch.as_tensor(self.start, device=action.device), torch_dtype(self.dtype)
+            start, dtype = self._there[action.device]
+            return (action + start).to(dtype).reshape(len(action), *self.shape)
         return (action + self.start).astype(self.dtype).reshape(len(action), *self.shape)
 
     def to_policy(
@@ -246,13 +271,25 @@ def env_actions(
 def random_actions(
     space: gymnasium.Space,  # the action space of one environment
     n: int,  # rows
-    rng: np.random.Generator,  # the caller's
-) -> np.ndarray:  # [n, A] float32 in [-1, 1), or [n, K] int64 (int8 for MultiBinary) from zero
+    rng: np.random.Generator | torch.Generator,  # the caller's; torch's draws tensors, on its device
+) -> np.ndarray | torch.Tensor:  # [n, A] float32 in [-1, 1), or [n, K] int64 (int8 for MultiBinary) from zero
     "Uniform actions as replay stores them"
     check_number("random_actions", "n", n, 1, whole=True)
     shape = n, action_size(space)
+    if isinstance(rng, torch.Generator):
+        return _random_there(space, shape, rng)
     if is_boxes(space):
         return rng.random(shape, np.float32) * 2 - 1
     if isinstance(space, spaces.MultiBinary):
         return rng.integers(0, 2, shape, np.int8)
     return rng.integers(0, np.ravel(space.nvec if isinstance(space, spaces.MultiDiscrete) else space.n), shape)
+
+
+def _random_there(space, shape, rng):
+    "Without a list of bounds, which would have to travel to the device"
+    if is_boxes(space):
+        return torch.rand(shape, generator=rng, device=rng.device) * 2 - 1
+    if isinstance(space, spaces.MultiBinary):
+        return torch.randint(2, shape, generator=rng, device=rng.device, dtype=torch.int8)
+    sizes = np.ravel(space.nvec if isinstance(space, spaces.MultiDiscrete) else space.n).tolist()
+    return torch.cat([torch.randint(k, (shape[0], 1), generator=rng, device=rng.device) for k in sizes], 1)

@@ -31,6 +31,7 @@ class Context:
     device: torch.device | None = None  # where networks and batches live
     dtype: torch.dtype | None = None  # of batches: the networks' own
     rows: int | None = None  # environments, that is the B of the acting side
+    acting_device: torch.device | None = None  # where the environments' tensors are; None: they hand out NumPy arrays
     observation_space: Any = None  # of one environment
     action_space: Any = None  # of one environment
     recorder: Any = None  # where collectors write
@@ -50,6 +51,15 @@ class Context:
             if known is not None and known != value:
                 raise ValueError(message(who, field, f"is {value}", f"{known}, which another pipe of the stack announced"))
             setattr(self, field, value)
+
+    def needs_arrays(
+        self,
+        who: str,  # the pipe that looks at every row on the host
+        hint: str,  # what to take in its place
+    ) -> None:
+        "Raises ValueError where the environments are tensors, which stay on their device"
+        if self.acting_device is not None:
+            raise ValueError(message(who, "steps", f"are tensors on {self.acting_device}", "NumPy arrays, as a GymStepper has them", hint))
 
     def pause(
         self,

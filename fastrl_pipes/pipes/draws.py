@@ -14,9 +14,20 @@ import torch
 from ..core import spawn_seed
 
 # %% auto #0
-__all__ = ['Draws']
+__all__ = ['generator_on', 'Draws']
 
 # %% ../../nbs/pipes/09_draws.ipynb #456853b2
+def generator_on(
+    generator: torch.Generator,  # the one so far
+    device: torch.device | str,  # where numbers are wanted
+) -> torch.Generator:  # itself, where it is there already
+    "A generator moves with its pipe: on another device a new one, seeded by the old"
+    if generator.device == torch.empty(0, device=device).device:
+        return generator
+    seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
+    return torch.Generator(device).manual_seed(seed)
+
+# %% ../../nbs/pipes/09_draws.ipynb #1bb3407f
 class Draws:
     "Mixin: standard normal numbers from a generator that is part of the pipe's state"
     given: list[torch.Tensor] | tuple = ()  # numbers that were drawn before, to be used first: a compiled graph draws nothing itself
@@ -26,6 +37,11 @@ class Draws:
         super().restart()
         self._generator = torch.Generator(self.context.device or "cpu")
         self._generator.manual_seed(spawn_seed(self.context.seed, type(self).__name__, str(self)))
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        if "_generator" in self.__dict__:
+            self._generator = generator_on(self._generator, device)
 
     def normal(
         self,

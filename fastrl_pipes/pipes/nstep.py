@@ -13,7 +13,7 @@ import numpy as np
 from ..core import MergedStep, SimpleStep, copied, map_leaves, take_rows
 from ..errors import CheckpointError, check_number, message, shape_of
 from ..functional.returns import nstep_return
-from .core import Fan, Stage, traverse
+from .core import Context, Fan, Stage, traverse
 
 # %% auto #0
 __all__ = ['NStepper', 'NSkipper', 'FirstLastMerger', 'NStepFlattener']
@@ -35,6 +35,10 @@ class NStepper(Fan):
                                      "windows need consecutive steps: put NSkipper after NStepper"))
         self.n = n
 
+    def on_bind(self, context: Context) -> None:
+        if self.n > 1:
+            context.needs_arrays(str(self), "which rows have a full window is known on the host alone: nsteps=1")
+
     def restart(self) -> None:
         self._items: deque[SimpleStep] = deque(maxlen=self.n)
         self._held: np.ndarray | None = None  # [environments] steps of the current episode among the items
@@ -42,6 +46,8 @@ class NStepper(Fan):
     def forward(self, item: Any) -> tuple:
         if not isinstance(item, SimpleStep):
             return (item,)
+        if self.context.acting_device is not None:
+            return ((copied(item),),)
         if self._held is None:
             self._held = np.zeros(self.context.rows or _environments(item), np.int64)
         step, held = copied(item), self._held
@@ -120,6 +126,9 @@ class NSkipper(Fan):
         super().__init__(source, name)
         check_number(str(self), "n", n, 1, whole=True)
         self.n = n
+
+    def on_bind(self, context: Context) -> None:
+        context.needs_arrays(str(self), "how many rows are left is known on the host alone")
 
     def forward(self, item: Any) -> tuple:
         first = item[0] if _is_window(item) else item
