@@ -13,6 +13,7 @@ import torch
 from ..core import SimpleStep, spawn_seed
 from ..errors import CheckpointError, check_number, check_shape, message, shape_of
 from ..pipes.core import Stage
+from ..pipes.draws import generator_on
 
 # %% auto #0
 __all__ = ['linear_epsilon', 'Exploration', 'OrnsteinUhlenbeck', 'GaussianNoise']
@@ -61,8 +62,9 @@ class Exploration(Stage):
 
     def restart(self) -> None:
         self.steps = 0 if self.leader is None else self.leader.steps  # environment steps acted on
-        seed = self.context.seed if self.context else None
-        self._rng = np.random.default_rng(spawn_seed(seed, type(self).__name__, str(self)))
+        device = self.context.acting_device if self.context else None
+        seed = spawn_seed(self.context.seed if self.context else None, type(self).__name__, str(self))
+        self._rng = np.random.default_rng(seed) if device is None else torch.Generator(device).manual_seed(seed)
         self._rows = self.width = 0  # B and A, known from the first actions on
 
     @property
@@ -78,7 +80,7 @@ class Exploration(Stage):
         rows = len(action)
         if rows != self._rows:
             self._begin(action, rows)
-        elif is_step and item.step_n is not None and np.count_nonzero(item.step_n) < rows:
+        elif is_step and item.step_n is not None and (self._stays_there or np.count_nonzero(item.step_n) < rows):
             self.forget(item.step_n[:, 0] == 0)
         explored = self._disturbed(action, rows)
         self._count(rows)
@@ -102,12 +104,32 @@ class Exploration(Stage):
     def _disturbed(self, action, rows):
         epsilon = self.epsilon
         noise = self.noise(rows)
+        if isinstance(noise, torch.Tensor):
+            return action + (noise * epsilon).to(action.dtype)
         if isinstance(action, torch.Tensor):
             return action + torch.as_tensor(noise * epsilon, dtype=action.dtype, device=action.device)
         return action + (noise * epsilon).astype(action.dtype)
 
-    def noise(self, rows: int) -> np.ndarray:
-        "[rows, A] float64, the next noise of every environment"
+    @property
+    def _stays_there(self):
+        "Are the environments tensors, so that noise is drawn and kept on their device, and nobody looks whether an episode has begun?"
+        return isinstance(self._rng, torch.Generator)
+
+    def normal(
+        self,
+        rows: int,  # environments
+    ) -> np.ndarray | torch.Tensor:  # [rows, A] standard normal: float64, or where the environments are tensors float32 on their device
+        "The next numbers of the stage's own generator"
+        if self._stays_there:
+            return torch.randn(rows, self.width, generator=self._rng, device=self._rng.device)
+        return self._rng.standard_normal((rows, self.width))
+
+    def to(self, device: torch.device) -> None:
+        if self.started and self._stays_there:
+            self._rng = generator_on(self._rng, device)
+
+    def noise(self, rows: int) -> np.ndarray | torch.Tensor:
+        "[rows, A], the next noise of every environment, made of `normal`"
         raise NotImplementedError(f"{type(self).__name__} does not define noise(rows)")
 
     def forget(self, rows: Any) -> None:
@@ -135,11 +157,14 @@ class Exploration(Stage):
         return ((item, item),) if self.ret_original else (item,)
 
     def get_own(self) -> dict[str, Any]:
-        return {"steps": self.steps, "rows": self._rows, "width": self.width, "generator": self._rng.bit_generator.state}
+        return {"steps": self.steps, "rows": self._rows, "width": self.width, "generator": self._rng.get_state() if self._stays_there else self._rng.bit_generator.state}
 
     def set_own(self, state: dict[str, Any]) -> None:
         self.steps, self._rows, self.width = state["steps"], state["rows"], state["width"]
-        self._rng.bit_generator.state = state["generator"]
+        if self._stays_there:
+            self._rng.set_state(state["generator"].cpu())
+        else:
+            self._rng.bit_generator.state = state["generator"]
 
 # %% ../../nbs/exploration/00_noise.ipynb #72621aff
 class OrnsteinUhlenbeck(Exploration):
@@ -167,17 +192,26 @@ class OrnsteinUhlenbeck(Exploration):
 
     def restart(self) -> None:
         super().restart()
-        self._x: np.ndarray | None = None  # [B, A]
+        self._x: np.ndarray | torch.Tensor | None = None  # [B, A]
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        if self.started and isinstance(self._x, torch.Tensor):
+            self._x = self._x.to(device)
 
     def forget(self, rows: Any) -> None:
         if self._x is None:
-            self._x = np.zeros((self._rows, self.width))
-        self._x[rows] = 0.0
+            size = self._rows, self.width
+            self._x = torch.zeros(size, device=self._rng.device) if self._stays_there else np.zeros(size)
+        elif self._stays_there:
+            self._x.masked_fill_(rows[:, None], 0.0)
+        else:
+            self._x[rows] = 0.0
 
-    def noise(self, rows: int) -> np.ndarray:
+    def noise(self, rows: int) -> np.ndarray | torch.Tensor:
         x = self._x
         x *= 1.0 - self.theta
-        x += self.sigma * self._rng.standard_normal(x.shape)
+        x += self.sigma * self.normal(rows)
         if self.mu:
             x += self.theta * self.mu
         return x
@@ -188,9 +222,10 @@ class OrnsteinUhlenbeck(Exploration):
     def set_own(self, state: dict[str, Any]) -> None:
         super().set_own(state)
         x = state["x"]
-        if x is not None and (x.dtype != np.float64 or x.shape != (self._rows, self.width)):
-            raise CheckpointError(message(str(self), "x", f"is {shape_of(x)}", f"float64 [{self._rows}, {self.width}]"))
-        self._x = x
+        kind = torch.float32 if self._stays_there else np.float64
+        if x is not None and (x.dtype != kind or tuple(x.shape) != (self._rows, self.width)):
+            raise CheckpointError(message(str(self), "x", f"is {shape_of(x)}", f"{'float32' if self._stays_there else 'float64'} [{self._rows}, {self.width}]"))
+        self._x = x.to(self._rng.device) if x is not None and self._stays_there else x
 
 # %% ../../nbs/exploration/00_noise.ipynb #8259a2ab
 class GaussianNoise(Exploration):
@@ -213,5 +248,5 @@ class GaussianNoise(Exploration):
         check_number(str(self), "sigma", sigma, 0)
         self.sigma = sigma
 
-    def noise(self, rows: int) -> np.ndarray:
-        return self.sigma * self._rng.standard_normal((rows, self.width))
+    def noise(self, rows: int) -> np.ndarray | torch.Tensor:
+        return self.sigma * self.normal(rows)
