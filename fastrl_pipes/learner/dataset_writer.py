@@ -106,6 +106,7 @@ class DatasetWriter(Stage):
         return new
 
     def on_bind(self, context: Context) -> None:
+        context.needs_arrays(str(self), "data sets are written from the host")
         if self._book is None and context.observation_space is not None and context.action_space is not None:
             steppers = find_pipes(self, GymStepper)
             spec = spec_of(steppers[0]) if self.env is None and steppers else self.env

@@ -12,6 +12,7 @@ import numpy as np
 from ..core import SimpleStep, to_numpy
 from ..errors import CheckpointError, check_shape, message, shape_of
 from .experience_replay import ReplayMemory, ReplayWriter
+from ..pipes.core import Context
 
 # %% auto #0
 __all__ = ['EpisodeIndex', 'EpisodeWriter']
@@ -187,6 +188,9 @@ class EpisodeWriter(ReplayWriter):
     ):
         super().__init__(source, memory, name)
         self.episodes = EpisodeIndex(memory.max_sz)
+
+    def on_bind(self, context: Context) -> None:
+        context.needs_arrays(str(self), "its index of episodes is on the host")
 
     def restart(self) -> None:
         super().restart()

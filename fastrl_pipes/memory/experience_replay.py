@@ -20,6 +20,7 @@ from ..errors import CheckpointError, check_choice, check_number, message, shape
 from .rows import LEARNING_FIELDS, RowLayout, leaf_getters
 from ..pipes.control import Repeat
 from ..pipes.core import Context, Fan, Pipe, Stage, traverse
+from ..pipes.draws import generator_on
 
 # %% auto #0
 __all__ = ['ReplayMemory', 'pack', 'ReplayWriter', 'ReplaySampler', 'behind_a_writer', 'ExperienceReplay']
@@ -33,13 +34,13 @@ class ReplayMemory:
         max_sz: int = 10000,  # transitions
         fields: tuple[str, ...] = LEARNING_FIELDS,  # the fields of a step that are kept, where present
         float_dtype: str = "float32",  # of stored floats: float16, float32 or float64; integers and flags keep their type
-        device: torch.device | str | None = None,  # where the rows live; default: the CPU
+        device: torch.device | str | None = None,  # where the rows live; default: the CPU, or the device of environments that are tensors
         path: str | Path | None = None,  # a file to map the rows to, instead of memory (CPU only)
     ):
         check_number("ReplayMemory", "max_sz", max_sz, 1, whole=True)
         check_choice("ReplayMemory", "float_dtype", float_dtype, ["float16", "float32", "float64"])
         self.max_sz, self.fields, self.float_dtype = max_sz, tuple(fields), float_dtype
-        self.device = torch.device(device or "cpu")
+        self.device, self._follows = torch.device(device or "cpu"), device is None and path is None
         self.path = None if path is None else Path(path)
         if self.path is not None and self.device.type != "cpu":
             raise ValueError(message("ReplayMemory", "path", f"is given with device {self.device}", "device 'cpu'", "a mapped file lives on the host"))
@@ -51,7 +52,7 @@ class ReplayMemory:
     def anew(self) -> ReplayMemory:
         "An empty one with the same settings; a mapped file gets a name of its own beside the old one"
         path = None if self.path is None else next(p for i in itertools.count(2) if not (p := self.path.with_stem(f"{self.path.stem}-{i}")).exists())
-        made = type(self)(self.max_sz, self.fields, self.float_dtype, self.device, path)
+        made = type(self)(self.max_sz, self.fields, self.float_dtype, None if self._follows else self.device, path)
         made.model_of = weakref.ref(self)
         return made
 
@@ -85,6 +86,17 @@ class ReplayMemory:
             raise ValueError(message("ReplayMemory", "max_sz", f"is {self.max_sz}, which takes {need / 1e9:.1f} GB", f"at most {have / 1e9:.1f} GB ({where})",
                                      f"max_sz={int(have // layout.itemsize)} would fit" + ("" if self.path else ", or map it to a file with path=...")))
 
+    def follow(
+        self,
+        device: torch.device | str,  # where the steps are
+    ) -> None:
+        "Live there, with the rows that are kept, unless the memory was told where to live"
+        if self._follows and self.device != device:
+            self.device, kept = torch.device(device), self.state_dict()
+            if self.layout is not None:
+                self.lay_out(self.layout)
+                self.rows[:self.size].copy_(kept["rows"])
+
     def lay_out(
         self,
         layout: RowLayout,  # of the rows that are to come
@@ -101,7 +113,7 @@ class ReplayMemory:
             self._views = [table[name] for name in layout.dtype.names]
             self._deep = all(view.ndim > 1 for view in self._views)
             self.rows = torch.from_numpy(table.view(f"i{layout.word}").reshape(self.max_sz, -1))
-        self._getters = leaf_getters(list(layout.dtype.names))
+        self._getters, self._tensors = leaf_getters(list(layout.dtype.names)), None
 
     def _table(self, layout):
         if self.path is None:
@@ -121,7 +133,9 @@ class ReplayMemory:
         if n > self.max_sz:
             raise ValueError(message("ReplayMemory", "max_sz", f"is {self.max_sz}", f"at least the {n} rows of one step"))
         try:
-            if self._views is None:
+            if isinstance(step.reward, torch.Tensor):
+                self._write_tensors(step, n, at)
+            elif self._views is None:
                 self._write_to_device(step, n, at)
             elif n == 1 and self._deep:  # a place costs less than a slice
                 for get, view in zip(self._getters, self._views):
@@ -131,7 +145,7 @@ class ReplayMemory:
                     view[at:at + n] = get(step)
             else:
                 self._write_around(step, self.max_sz - at)
-        except (ValueError, TypeError, AttributeError, KeyError):
+        except (ValueError, TypeError, AttributeError, KeyError, RuntimeError):
             self._refuse(step)
             raise
         self.cursor = (at + n) % self.max_sz
@@ -144,6 +158,18 @@ class ReplayMemory:
             leaf = get(step)
             view[self.cursor:] = leaf[:first]
             view[:len(leaf) - first] = leaf[first:]
+
+    def _write_tensors(self, step, n, at):
+        "From device to device, a kernel for each column; nothing passes through the host"
+        if self._tensors is None:
+            columns = self.layout.unpack(self.rows)
+            self._tensors = [get(columns) for get in self._getters]
+        first = min(n, self.max_sz - at)
+        for get, column in zip(self._getters, self._tensors):
+            leaf = get(step).detach()
+            column[at:at + first].copy_(leaf[:first])
+            if first < n:
+                column[:n - first].copy_(leaf[first:])
 
     def _write_to_device(self, step, n, at):
         rows = pack(step, self.layout).to(self.device, non_blocking=True)
@@ -256,6 +282,14 @@ class ReplayWriter(Stage):
     def restart(self) -> None:
         self.memory.clear()
 
+    def on_bind(self, context: Context) -> None:
+        if context.acting_device is not None:
+            self.memory.follow(context.acting_device)
+
+    def to(self, device: torch.device) -> None:
+        if self.context is not None and self.context.acting_device is not None:
+            self.memory.follow(device)
+
     def forward(self, item: Any) -> Any:
         if isinstance(item, SimpleStep):
             self.memory.write(item)
@@ -313,6 +347,8 @@ class ReplaySampler(Fan):
 
     def to(self, device: torch.device) -> None:
         self._batch = None
+        if "_generator" in self.__dict__:  # the memory may have moved with its writer
+            self._generator, self._index = generator_on(self._generator, self.memory.device), self._index.to(self.memory.device)
 
     def forward(self, item: Any) -> tuple:
         if not isinstance(item, SimpleStep):

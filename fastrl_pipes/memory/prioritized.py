@@ -55,6 +55,7 @@ class PrioritizedSampler(ReplaySampler):
         context.announce(str(self), priorities=self.update)
 
     def on_bind(self, context: Context) -> None:
+        context.needs_arrays(str(self), "its sum tree is on the host; ExperienceReplay keeps and draws on the device")
         super().on_bind(context)
         self._offline = not any(isinstance(p, ReplayWriter) and p.memory is self.memory for p in traverse(self, through=True))
 
