@@ -14,6 +14,7 @@ import torch
 from ..core import SimpleStep
 from ..errors import check_number, message, shape_of
 from .plots import Curve, new_figure
+from .tally import EpisodeTally
 from ..pipes.core import Context, Fan, Stage
 
 if TYPE_CHECKING:
@@ -51,16 +52,31 @@ class EpisodeCollector(Stage):
         name: str | None = None,  # see `Pipe`
     ):
         super().__init__(source, name)
-        self.count, self._recorder = 0, None
+        self.count, self._recorder, self._tally = 0, None, None
 
     def on_bind(self, context: Context) -> None:
         self._recorder = context.recorder
+        self._tally = None if context.acting_device is None else self._tally or EpisodeTally(0)
         if self._recorder is not None:
             self._recorder.claim("episodes", self)
+            if self._tally is not None:
+                self._recorder.before_read(self, self.flush)
+
+    def flush(self) -> None:
+        "Count what was added up on the device, where the environments are tensors"
+        if self._tally is not None:
+            told = self._tally.take()
+            self.count += told.count
+            if self._recorder is not None:
+                self._recorder.episodes += told.count
+                self._recorder.lengths += told.length
 
     def forward(self, item: Any) -> Any:
         "Count, and hand on"
         if isinstance(item, SimpleStep):
+            if self._tally is not None:
+                self._tally.add(item)
+                return item
             for row in ended_rows(item):
                 self.count += 1
                 if self._recorder is not None:
@@ -69,12 +85,20 @@ class EpisodeCollector(Stage):
 
     def restart(self) -> None:
         self.count = 0
+        if self._tally is not None:
+            self._tally.clear()
+
+    def to(self, device: torch.device) -> None:
+        self.flush()
 
     def get_own(self) -> dict[str, Any]:
+        self.flush()
         return {"count": self.count}
 
     def set_own(self, state: dict[str, Any]) -> None:
         self.count = state["count"]
+        if self._tally is not None:
+            self._tally.clear()
 
 # %% ../../nbs/loggers/01_collectors.ipynb #6831e76c
 class RollingTerminatedRewardCollector(Stage):
@@ -88,23 +112,40 @@ class RollingTerminatedRewardCollector(Stage):
     ):
         super().__init__(source, name)
         check_number(str(self), "window", window, 1, whole=True)
-        self.window, self.rewards, self._recorder = window, deque(maxlen=window), None
+        self.window, self.rewards, self._recorder, self._tally = window, deque(maxlen=window), None, None
 
     def on_bind(self, context: Context) -> None:
         self._recorder = context.recorder
+        self._tally = None if context.acting_device is None else self._tally or EpisodeTally(self.window)
         if self._recorder is not None:
             self._recorder.claim("rolling_reward", self)
+            if self._tally is not None:
+                self._recorder.before_read(self, self.flush)
             if self._recorder.window != self.window:
                 self._recorder.set_window(self.window)
 
     @property
     def rolling_reward(self) -> float | None:
         "The mean; None before the first episode has ended"
+        self.flush()
         return sum(self.rewards) / len(self.rewards) if self.rewards else None
+
+    def flush(self) -> None:
+        "Take over what was kept on the device, where the environments are tensors"
+        told = None if self._tally is None else self._tally.take()
+        if told is not None and told.count:
+            self.rewards.extend(told.totals)
+            if self._recorder is not None:
+                for total in (told.smallest, told.largest):
+                    self._recorder.reward_min, self._recorder.reward_max = min(self._recorder.reward_min, total), max(self._recorder.reward_max, total)
+                self._recorder.rewards.extend(told.totals)
 
     def forward(self, item: Any) -> Any:
         "Look for ends of episodes, and hand on"
         if isinstance(item, SimpleStep):
+            if self._tally is not None:
+                self._tally.add(item)
+                return item
             for row in ended_rows(item):
                 if item.total_reward is None:
                     raise ValueError(message(str(self), "total_reward", "is None", "[B, 1] float", "stand behind the environment's stepper"))
@@ -116,12 +157,20 @@ class RollingTerminatedRewardCollector(Stage):
 
     def restart(self) -> None:
         self.rewards.clear()
+        if self._tally is not None:
+            self._tally.clear()
+
+    def to(self, device: torch.device) -> None:
+        self.flush()
 
     def get_own(self) -> dict[str, Any]:
+        self.flush()
         return {"rewards": list(self.rewards)}
 
     def set_own(self, state: dict[str, Any]) -> None:
         self.rewards = deque(state["rewards"], maxlen=self.window)
+        if self._tally is not None:
+            self._tally.clear()
 
 # %% ../../nbs/loggers/01_collectors.ipynb #974566ca
 class BatchCollector(Stage):
