@@ -29,6 +29,8 @@ from fastrl_pipes.envs.debug import Goal
 from fastrl_pipes.envs.doubles import CountingVector
 from fastrl_pipes.envs.episodes import EpisodeStepper
 from fastrl_pipes.envs.stepper import GymStepper
+from fastrl_pipes.envs.tensor_envs import TorchPendulum
+from fastrl_pipes.envs.tensor_stepper import TensorStepper
 from fastrl_pipes.exploration.comparison import ExplorationComparisonLogger
 from fastrl_pipes.exploration.noise import Exploration, GaussianNoise, OrnsteinUhlenbeck
 from fastrl_pipes.learner.datablock import EpochLength
@@ -466,6 +468,27 @@ def _pursuer(noise: bool = True) -> AgentHead:
     return _agent(chain) if noise else AgentHead(ActionScaler(ActionClip(chain)))
 
 
+def _swinging() -> AgentHead:
+    "Acts on the first two things that it sees"
+    return _agent(SimpleModelRunner(Inlet(), First()))
+
+
+class First(nn.Module):
+    "For `TorchPendulum`"
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 1, bias=False)
+        nn.init.constant_(self.layer.weight, 0.25)
+
+    def forward(self, state):
+        return self.layer(state)
+
+
+SHORT = partial(TorchPendulum, max_steps=4)  # episodes end within a test
+THERE = {"acting_device": torch.device("cpu")}  # as a TensorStepper announces it
+
+
 ABSTRACT = {Pipe, Stage, Fan, Exploration, LossProcessor, TDLossProcessor}  # bases: nobody puts them into a stack
 
 TABLE: dict[type, dict[str, Entry]] = {
@@ -481,7 +504,7 @@ TABLE: dict[type, dict[str, Entry]] = {
             "learns": learning(_delayed)},
     Repeat: {"": entry(lambda s: Repeat(s, 3), pulls=lambda k: -(-k // 3)), "once": entry(lambda s: Repeat(s, 1), pulls=lambda k: k)},
     Take: {"": entry(lambda s: Take(s, 1000), pulls=lambda k: k), "few": entry(lambda s: Take(s, 5), pulls=lambda k: k, ends="it counts items of any kind")},
-    NStepper: {"": entry(lambda s: NStepper(s, 3)), "one": entry(lambda s: NStepper(s, 1)),
+    NStepper: {"": entry(lambda s: NStepper(s, 3)), "one": entry(lambda s: NStepper(s, 1)), "one, there": entry(lambda s: NStepper(s, 1), lambda: as_torch(env_steps()), context=THERE),
                "gaps": entry(lambda s: NStepper(s, 2), with_gaps, context={"rows": ROWS})},
     NSkipper: {"steps": entry(lambda s: NSkipper(s, 2)), "windows": entry(lambda s: NSkipper(s, 2), windows)},
     FirstLastMerger: {"": entry(lambda s: FirstLastMerger(s, 0.9), windows)},
@@ -496,11 +519,16 @@ TABLE: dict[type, dict[str, Entry]] = {
                  "acts": Entry(lambda _, p: GymStepper(GOAL, _pursuer(), 2, "sync", SEED, random_steps=4), None),
                  "one": Entry(lambda _, p: GymStepper(GOAL, _pursuer(), 1, "single", SEED), None),
                  "vector": Entry(lambda _, p: GymStepper(CountingVector(3), seed=SEED), None)},
+    TensorStepper: {"random": Entry(lambda _, p: TensorStepper(SHORT, n=2, seed=SEED), None),
+                    "acts": Entry(lambda _, p: TensorStepper(SHORT, _swinging(), 2, SEED, random_steps=4), None),
+                    "live": Entry(lambda _, p: TensorStepper(TorchPendulum(3, dtype=torch.float64, max_steps=5), seed=SEED), None)},
     EpisodeStepper: {"": Entry(lambda _, p: EpisodeStepper(GOAL, _pursuer(noise=False), episodes=5, seed=SEED, n=2), None)},
-    ReplayWriter: {"": entry(lambda s: ReplayWriter(s, ReplayMemory(11)))},
+    ReplayWriter: {"": entry(lambda s: ReplayWriter(s, ReplayMemory(11))),
+                   "there": entry(lambda s: ReplayWriter(s, ReplayMemory(11)), lambda: as_torch(env_steps()), context=THERE)},
     ReplaySampler: {"offline": entry(lambda s: ReplaySampler(s, _filled(), BS))},
     ExperienceReplay: {"": entry(lambda s: ExperienceReplay(s, BS, 12, warmup=7)),
                        "repeated": entry(lambda s: ExperienceReplay(s, BS, 12, repeat=2), pulls=lambda k: 1 + -(-k // 2)),
+                       "there": entry(lambda s: ExperienceReplay(s, BS, 13), lambda: as_torch(env_steps()), context=THERE),
                        "double": entry(lambda s: ExperienceReplay(s, BS, 12), context={"dtype": torch.float64})},
     PrioritizedSampler: {"offline": entry(lambda s: Reporting(PrioritizedSampler(s, _filled(), BS, beta_steps=9)))},
     PrioritizedReplay: {"": entry(lambda s: PrioritizedReplay(s, BS, 12, warmup=7)),
@@ -521,8 +549,10 @@ TABLE: dict[type, dict[str, Entry]] = {
     OrnsteinUhlenbeck: {"steps": entry(lambda s: OrnsteinUhlenbeck(s, A, max_steps=15), acted),
                         "arrays": entry(lambda s: OrnsteinUhlenbeck(s, mu=0.3), actions),
                         "tensors": entry(OrnsteinUhlenbeck, lambda: as_torch(acted())),
+                        "there": entry(lambda s: OrnsteinUhlenbeck(s, mu=0.3), lambda: as_torch(acted()), context=THERE),
                         "pairs": entry(lambda s: OrnsteinUhlenbeck(s, ret_original=True), acted)},
-    GaussianNoise: {"": entry(lambda s: GaussianNoise(s, min_epsilon=0.1, max_steps=15), acted)},
+    GaussianNoise: {"": entry(lambda s: GaussianNoise(s, min_epsilon=0.1, max_steps=15), acted),
+                    "there": entry(GaussianNoise, lambda: as_torch(acted()), context=THERE)},
     ExplorationComparisonLogger: {"": entry(ExplorationComparisonLogger, _pairs), "few": entry(lambda s: ExplorationComparisonLogger(s, keep=3), _pairs)},
     SimpleModelRunner: {"numpy": learning(lambda s, p: SimpleModelRunner(s, p.actor), lambda p: to_act_on()),
                         "torch": learning(lambda s, p: SimpleModelRunner(s, p.actor), lambda p: as_torch(to_act_on())),
@@ -536,7 +566,8 @@ TABLE: dict[type, dict[str, Entry]] = {
     StepFieldSelector: {"": entry(lambda s: StepFieldSelector(s, "action"), acted),
                         "nested": entry(StepFieldSelector, lambda: [s.replace(state={"a": s.state, "b": (s.action,)}) for s in acted()])},
     NumpyConverter: {"": entry(NumpyConverter, lambda: as_torch(acted())), "bare": entry(NumpyConverter, lambda: as_torch(actions()))},
-    ActionScaler: {"": entry(ActionScaler, acted, context={"action_space": BOX}), "unbound": entry(ActionScaler, acted)},
+    ActionScaler: {"": entry(ActionScaler, acted, context={"action_space": BOX}), "there": entry(ActionScaler, lambda: as_torch(acted()), context={"action_space": BOX}),
+                   "unbound": entry(ActionScaler, acted)},
     AgentHead: {"": Entry(through(lambda inlet: _agent(inlet)), lambda p: acted(), context={"action_space": BOX}),
                 "learned": learning(lambda s, p: Through(s, AgentHead(OrnsteinUhlenbeck(SimpleModelRunner(Inlet(), p.actor)))), lambda p: to_act_on())},
     CriticLossProcessor: {"": learning(lambda s, p: CriticLossProcessor(s, p.critic, p.t_actor, p.t_critic)),
@@ -580,8 +611,9 @@ TABLE: dict[type, dict[str, Entry]] = {
                                     "nsteps": learning(lambda s, p: HystereticCriticLossProcessor(s, p.critic, p.t_actor, p.t_critic, nsteps=3, loss=nn.SmoothL1Loss))},
     SoftTargetUpdater: {"": learning(lambda s, p: SoftTargetUpdater(s, p.critic, tau=0.1, target_model=p.t_critic)),
                         "own, every 3": learning(lambda s, p: SoftTargetUpdater(s, p.critic, 3, 1.0))},
-    EpisodeCollector: {"": entry(EpisodeCollector)},
-    RollingTerminatedRewardCollector: {"": entry(lambda s: RollingTerminatedRewardCollector(s, 3))},
+    EpisodeCollector: {"": entry(EpisodeCollector), "there": entry(EpisodeCollector, lambda: as_torch(env_steps()), context=THERE)},
+    RollingTerminatedRewardCollector: {"": entry(lambda s: RollingTerminatedRewardCollector(s, 3)),
+                                       "there": entry(lambda s: RollingTerminatedRewardCollector(s, 3), lambda: as_torch(env_steps()), context=THERE)},
     BatchCollector: {"": entry(BatchCollector, batches)},
     EpocherCollector: {"": entry(EpocherCollector, batches), "batches": entry(lambda s: EpocherCollector(s, 2), batches)},
     VideoCollector: {"": entry(VideoCollector, lambda: with_images()), "few": entry(lambda s: VideoCollector(s, frames=2), lambda: with_images())},

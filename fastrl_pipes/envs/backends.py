@@ -18,6 +18,7 @@ import fastrl_pipes.envs.debug  # noqa: F401, its ids become known
 from .autoreset import VectorBackend
 from .inprocess import EnvRows
 from .rows import EnvBackend
+from .tensor_envs import TensorEnvs
 from .workers import Workers, usable_cpus
 from ..errors import check_choice, check_number, message, shape_of, suggest
 
@@ -132,6 +133,9 @@ def make_backend(
     "The fastest backend for the environments, or the one asked for. Live environments stay the user's to close"
     check_choice("make_backend", "mode", mode, MODES)
     check_number("make_backend", "n", n, 1, whole=True)
+    if (one := _tensor_native(envs)) is not None:
+        raise TypeError(message("make_backend", "envs", f"is {one.__name__}, whose rows are tensors", "ids, factories, or live environments of gymnasium",
+                                "a TensorStepper steps it; to validate, give the learner an environment of gymnasium as well: dls=(train, GymStepper(id))"))
     if isinstance(envs, VectorEnv):
         _only_auto("a live VectorEnv", mode, ("auto",), n, envs.num_envs)
         return VectorBackend(envs, "live", seed, check, timeout=timeout)
@@ -155,6 +159,13 @@ def make_backend(
     if mode == "single" and n > 1:
         raise ValueError(message("make_backend", "mode", "is 'single'", "'auto' or 'sync'", f"there are {n} environments"))
     return EnvRows([_build(factory) for factory in factories], mode, seed, check)
+
+
+def _tensor_native(envs):
+    "The class of environments that are tensors, or that make such; None for others"
+    one = getattr(envs, "func", envs)
+    one = one if isinstance(one, type) else type(one)
+    return one if issubclass(one, TensorEnvs) else None
 
 
 def _only_auto(what, mode, modes, n, rows):

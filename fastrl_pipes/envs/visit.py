@@ -34,7 +34,7 @@ def visit_environments(
 ) -> None:
     "Make, reset, step and close one environment for each id or factory. Raises WorkerError that names stepper, environment and step"
     settings, started = stepper.settings, time.perf_counter()
-    if settings.get("mode", "auto") in ("workers", "async"):
+    if settings.get("mode", "auto") in ("workers", "async") or stepper.backend.mode == "tensor":
         return
     given = settings["envs"] if isinstance(settings["envs"], (list, tuple)) else [settings["envs"]]
     live = {id(e.unwrapped) for e in getattr(stepper.backend, "envs", ())}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core import SimpleStep, copied, leaves
+from ..core import SimpleStep, copied, leaves, to_numpy
 from ..envs.spaces import action_rows, action_size, is_boxes
 from ..envs.stepper import GymStepper
 from ..envs.visit import visit_environments
@@ -148,7 +148,7 @@ def _few(raw):
 
 
 def _check_raw(name, step, space):
-    for raw in action_rows(step.raw_action) if is_boxes(space) else ():
+    for raw in action_rows(to_numpy(step.raw_action)) if is_boxes(space) else ():
         if not space.contains(raw):
             raise ValueError(message(name, "raw_action", f"is {_few(raw)}", f"an element of {space}",
                                      "does the agent's chain have an ActionClip before its ActionScaler?"))

@@ -100,6 +100,11 @@ def _gym_stepper(pipe, script):
     script.add(f'step = {{"state": obs, "action": action, "next_state": next_obs, "reward": reward, "terminated": terminated{more}}}')
 
 
+@flattens("fastrl_pipes.envs.tensor_stepper.TensorStepper")
+def _tensor_stepper(pipe, script):
+    raise ValueError(message("flatten", "envs", f"of {pipe} are {type(pipe.backend).__name__}, whose rows are tensors", "environments of gymnasium", "a script steps those one after the other, on the host"))
+
+
 def _choose(pipe, script, space, n):
     chain = main_line(pipe.agent)[1:] if pipe.agent is not None else []
     scaled = [p for p in chain if type(p).__name__ == "ActionScaler"]
