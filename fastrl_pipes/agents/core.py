@@ -238,6 +238,9 @@ class NumpyConverter(Stage):
     def forward(self, item: Any) -> Any:
         return to_numpy(item) if _has_arrays(item) else item
 
+    def probe(self, item: Any) -> tuple:
+        return (self.forward(item),)
+
 # %% ../../nbs/agents/00_core.ipynb #c5391db6
 class ActionScaler(Stage):
     "Sets `raw_action`, the action in the environment's units; without a known action space it is the action itself"

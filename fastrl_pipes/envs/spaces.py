@@ -5,17 +5,19 @@
 # %% ../../nbs/envs/02_spaces.ipynb #ec5c9846
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
-import torch
 from gymnasium import spaces
 
 from ..errors import check_number, message, shape_of
 
+if TYPE_CHECKING:
+    import torch
+
 # %% auto #0
-__all__ = ['check_action_space', 'is_boxes', 'check_observation_space', 'torch_dtype', 'BoxScaler', 'to_box', 'from_box',
+__all__ = ['check_action_space', 'is_boxes', 'check_observation_space', 'on_device', 'BoxScaler', 'to_box', 'from_box',
            'WholeMap', 'TupleMap', 'action_rows', 'action_size', 'action_map', 'env_actions', 'random_actions']
 
 # %% ../../nbs/envs/02_spaces.ipynb #a01c9a8c
@@ -72,11 +74,13 @@ def check_observation_space(
                                 "turn it into arrays of a fixed shape (gymnasium.wrappers.TransformObservation)"))
 
 # %% ../../nbs/envs/02_spaces.ipynb #27bb894f
-def torch_dtype(
-    dtype: np.dtype | type,  # NumPy's
-) -> torch.dtype:
-    "The same element type in torch"
-    return torch.from_numpy(np.zeros(0, dtype)).dtype
+def on_device(
+    array: np.ndarray,  # of an action space
+    device: torch.device,  # where tensors came from
+) -> torch.Tensor:  # of the same element type
+    "A constant of a map where it is needed. torch is imported here: worker processes have no use for it"
+    import torch
+    return torch.as_tensor(np.array(array), device=device)
 
 # %% ../../nbs/envs/02_spaces.ipynb #d5ab5f9e
 class BoxScaler:
@@ -112,7 +116,7 @@ class BoxScaler:
         action: np.ndarray | torch.Tensor,  # [..., A] float, policy units
     ) -> np.ndarray | torch.Tensor:  # [..., *shape] in the dtype of the box, new memory; a tensor stays on its device
         "What `env.step` takes"
-        if isinstance(action, torch.Tensor):
+        if not isinstance(action, np.ndarray):
             raw = self._scaled_there(action)
         elif self._same:
             raw = action.astype(self.dtype)
@@ -127,8 +131,7 @@ class BoxScaler:
 
     def _scaled_there(self, action):
         if action.device not in self._there:
-            scale, offset = (torch.as_tensor(np.array(x), device=action.device) for x in (self.scale, self.offset))
-            self._there[action.device] = scale, offset, torch_dtype(self.dtype)
+            self._there[action.device] = *(on_device(x, action.device) for x in (self.scale, self.offset)), on_device(np.zeros(0, self.dtype), "cpu").dtype
         scale, offset, dtype = self._there[action.device]
         raw = action * scale + offset
         return (raw.round() if self._whole else raw).to(dtype)
@@ -177,9 +180,9 @@ class WholeMap:
         action: np.ndarray | torch.Tensor,  # [B, K] whole numbers from zero
     ) -> np.ndarray | torch.Tensor:  # [B] for Discrete, [B, *shape] otherwise, new memory
         "What `env.step` takes"
-        if isinstance(action, torch.Tensor):
+        if not isinstance(action, np.ndarray):
             if action.device not in self._there:
-                self._there[action.device] = torch.as_tensor(self.start, device=action.device), torch_dtype(self.dtype)
+                self._there[action.device] = on_device(self.start, action.device), on_device(np.zeros(0, self.dtype), "cpu").dtype
             start, dtype = self._there[action.device]
             return (action + start).to(dtype).reshape(len(action), *self.shape)
         return (action + self.start).astype(self.dtype).reshape(len(action), *self.shape)
@@ -276,7 +279,7 @@ def random_actions(
     "Uniform actions as replay stores them"
     check_number("random_actions", "n", n, 1, whole=True)
     shape = n, action_size(space)
-    if isinstance(rng, torch.Generator):
+    if not isinstance(rng, np.random.Generator):
         return _random_there(space, shape, rng)
     if is_boxes(space):
         return rng.random(shape, np.float32) * 2 - 1
@@ -287,6 +290,7 @@ def random_actions(
 
 def _random_there(space, shape, rng):
     "Without a list of bounds, which would have to travel to the device"
+    import torch
     if is_boxes(space):
         return torch.rand(shape, generator=rng, device=rng.device) * 2 - 1
     if isinstance(space, spaces.MultiBinary):

@@ -40,7 +40,7 @@ class Draws:
 
     def to(self, device: torch.device) -> None:
         super().to(device)
-        if "_generator" in self.__dict__:
+        if self.__dict__.get("_generator") is not None:
             self._generator = generator_on(self._generator, device)
 
     def normal(
