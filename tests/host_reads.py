@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "nonzero_numpy", "argwhere", "masked_select", "unique_dim", "_unique", "_unique2", "unique_consecutive", "bincount", "histc"}
 MAKES = {"lift_fresh", "lift_fresh_copy", "lift"}  # a tensor out of numbers of the host
-METHODS = ("numpy", "__array__", "tolist", "item", "cpu", "__bool__", "__int__", "__float__", "__index__", "__dlpack__", "__iter__", "__contains__")
+METHODS = ("numpy", "__array__", "tolist", "item", "cpu", "__bool__", "__int__", "__float__", "__index__", "__dlpack__")
 
 
 class HostRead(AssertionError):
