@@ -20,7 +20,7 @@ __all__ = ['Tallied', 'EpisodeTally']
 class Tallied(NamedTuple):
     "What a tally says when it is read"
     count: int  # episodes that ended
-    length: int  # of all of them together, in steps
+    length: int  # of all of them together, in steps; counted where no totals are kept
     totals: list[float]  # total rewards of the latest, oldest first
     smallest: float  # total reward; infinity where none ended
     largest: float  # total reward; minus infinity where none ended
@@ -45,6 +45,7 @@ class EpisodeTally:
         self._sums = torch.zeros(2, dtype=torch.int64, device=device)
         self._ring = torch.zeros(self.window + 1, dtype=kind, device=device)
         self._bounds = torch.full((2,), math.inf, dtype=kind, device=device)  # the smallest, and minus the largest
+        self._signs = 1 - 2 * torch.arange(2, dtype=kind, device=device)[:, None]
 
     @torch.no_grad()
     def add(
@@ -57,15 +58,16 @@ class EpisodeTally:
         if self._sums is None:
             self._begin(step)
         ended = (step.terminated | step.truncated)[:, 0]
-        if self.window:
-            total, rank = step.total_reward[:, 0], ended.cumsum(0)  # from 1
-            late = ended & (rank > rank[-1:] - self.window)
-            place = ((self._sums[:1] + rank - 1) % self.window).masked_fill(~late, self.window)
-            self._ring.scatter_(0, place, total)
-            found = torch.stack([x.masked_fill(~ended, math.inf).amin() for x in (total, -total)])
-            torch.minimum(self._bounds, found, out=self._bounds)
-        length = torch.zeros_like(ended, dtype=torch.int64) if step.step_n is None else step.step_n[:, 0] * ended
-        self._sums += torch.stack([ended.sum(), length.sum()])
+        if not self.window:
+            self._sums[:1].add_(ended.sum())
+            if step.step_n is not None:
+                self._sums[1:].add_((step.step_n[:, 0] * ended).sum())
+            return
+        total, rank, going = step.total_reward[:, 0], ended.cumsum(0), ~ended  # ranks begin at 1
+        early = going if len(ended) <= self.window else going | (rank <= rank[-1:] - self.window)
+        self._ring.scatter_(0, ((self._sums[:1] + rank - 1) % self.window).masked_fill_(early, self.window), total)
+        torch.minimum(self._bounds, (self._signs * total).masked_fill_(going, math.inf).amin(1), out=self._bounds)
+        self._sums[:1].add_(rank[-1:])
 
     def take(self) -> Tallied:
         "What has been added since the last time; this is where the device is waited for. The tally begins anew"
