@@ -56,6 +56,7 @@ from fastrl_pipes.pipes.control import Every, Inlet, Repeat, Take
 from fastrl_pipes.pipes.core import BaseNode, Context, Fan, Foreign, IterableSource, Pipe, Stage, bind
 from fastrl_pipes.pipes.graph import find_pipe
 from fastrl_pipes.pipes.nstep import FirstLastMerger, NSkipper, NStepFlattener, NStepper
+from fastrl_pipes.pipes.prefetch import Prefetcher
 from fastrl_pipes.pipes.tape import Tap, Tape
 from fastrl_pipes.processors.core import LossProcessor
 from fastrl_pipes.agents.hddpg import HystereticCriticLossProcessor
@@ -509,6 +510,8 @@ TABLE: dict[type, dict[str, Entry]] = {
     NSkipper: {"steps": entry(lambda s: NSkipper(s, 2)), "windows": entry(lambda s: NSkipper(s, 2), windows)},
     FirstLastMerger: {"": entry(lambda s: FirstLastMerger(s, 0.9), windows)},
     NStepFlattener: {"": entry(NStepFlattener, windows)},
+    Prefetcher: {"": entry(Prefetcher, pulls=lambda k: min(k + 1, 14)), "windows": entry(Prefetcher, windows, pulls=lambda k: min(k + 1, len(windows()))),
+                 "acts": learning(lambda s, p: Prefetcher(OrnsteinUhlenbeck(SimpleModelRunner(s, p.actor))), lambda p: to_act_on(), pulls=lambda k: min(k + 1, 10))},
     Tap: {"": entry(Tap), "windows, few": entry(lambda s: Tap(s, limit=3), windows),
           "gradients": learning(lambda s, p: BasicOptStepper(Tap(s, grads=True), p.critic, 1e-2), losses_and_batches)},
     Tape: {"steps": Entry(lambda _, p: Tape(env_steps()), None),

@@ -233,6 +233,7 @@ def test_pulls_exactly_what_it_needs(cls, e):
     feed = next((p.iterable for p in traverse(rig.head) if isinstance(p, IterableSource)), rig.feed)
     pulls = []
     for _ in islice(rig.head, e.count):
+        rig.head.get_state()  # where something is pulled ahead, waits until it is there
         pulls.append(feed.taken)
     assert pulls == least(cls, e, len(pulls)) and len(pulls) >= 3
 

@@ -128,7 +128,7 @@ def flatten(
     networks: dict[str, str] | None = None,  # name of a network -> the expression that makes it, where it cannot be read off
 ) -> str:  # a Python script
     "The stack as one script. Raises LookupError for a pipe without template, ValueError for what no script can say"
-    for module in ("flat_networks", "flat_acting", "flat_learning", "flat_losses", "flat_imitation", "flat_hindsight", "flat_offline", "flat_prioritized"):  # their templates become known
+    for module in ("flat_networks", "flat_acting", "flat_ahead", "flat_learning", "flat_losses", "flat_imitation", "flat_hindsight", "flat_offline", "flat_prioritized"):  # their templates become known
         importlib.import_module(f"fastrl_pipes.learner.{module}")
     if learner.context.device is not None and learner.context.device.type != "cpu":
         raise ValueError(message("flatten", "device", f"is {learner.context.device}", "cpu", "only there is the script equal to the bit"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -88,13 +89,15 @@ class _Clocks:
 
     def __init__(self, sync: Callable[[], Any] | None):
         self.rows: dict[str, Row] = {}
-        self.inside, self.calls, self.sync = [0.0], 0, sync
+        self.inside = {threading.get_ident(): [0.0]}  # of each thread: some pipes pull ahead in one of their own
+        self.calls, self.sync = 0, sync
 
     def on(self, name, inner, outside=False, items=1):
         "`inner` with a clock; `outside`: its time is time spent waiting for something that is not ours"
-        row, inside, clock, sync = self.rows.setdefault(name, Row(name)), self.inside, time.perf_counter, self.sync
+        row, threads, clock, sync = self.rows.setdefault(name, Row(name)), self.inside, time.perf_counter, self.sync
 
         def timed(*args):
+            inside = threads.setdefault(threading.get_ident(), [0.0])
             began = clock()
             inside.append(0.0)
             try:
@@ -151,7 +154,7 @@ def profile(
             for pulls in range(steps):
                 learner.next()
             pulls = steps
-    seconds = clocks.inside[0]
+    seconds = clocks.inside[threading.get_ident()][0]
     return Profile(max(pulls, 1), seconds, count() - steps_before, min(clocks.calls * each / seconds, 1.0),
                    [clocks.rows[n] for name in names for n in (name, f"{name}: environments") if n in clocks.rows], learner)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from ..core import SimpleStep, copied, leaves, map_leaves
 from ..errors import CheckpointError, Interrupted, message, shape_of, suggest
 
 # %% auto #0
-__all__ = ['Context', 'Pipe', 'Stage', 'Fan', 'IterableSource', 'Foreign', 'as_pipe', 'traverse', 'named_pipes', 'named_modules',
-           'bind', 'snapshot', 'load_state']
+__all__ = ['Context', 'Ahead', 'Pipe', 'owned', 'Stage', 'Fan', 'IterableSource', 'Foreign', 'as_pipe', 'traverse', 'named_pipes',
+           'named_modules', 'bind', 'snapshot', 'load_state']
 
 # %% ../../nbs/pipes/00_core.ipynb #2de8c6f0
 @dataclass(eq=False)
@@ -66,10 +67,16 @@ class Context:
         who: str,  # the pipe that is about to pull again
     ) -> None:
         "Between two pulls that gave nothing: raises Interrupted where the run was asked to stop, by `on_wait` perhaps"
+        if isinstance(threading.current_thread(), Ahead):
+            return
         if self.on_wait is not None:
             self.on_wait()
         if self.interrupted:
             raise Interrupted(f"{who}: interrupted between two items")
+
+
+class Ahead(threading.Thread):
+    "A thread in which pipes run ahead of the one who pulls. Nobody waits in it, and interrupts are heard elsewhere"
 
 # %% ../../nbs/pipes/00_core.ipynb #b39e04a8
 @functools.lru_cache(maxsize=None)
@@ -178,7 +185,7 @@ class Pipe(BaseNode):
         "The door to the outside: starts what has not started, and hands out an item with memory of its own"
         if not self.started:
             self.start()
-        return _owned(self.next())
+        return owned(self.next())
 
     def start(self) -> None:
         "Start what has not started, in this pipe and below; what runs already goes on"
@@ -221,7 +228,9 @@ class Pipe(BaseNode):
         return snapshot(self)
 
 # %% ../../nbs/pipes/00_core.ipynb #a4961516
-def _owned(item):
+def owned(
+    item: Any,  # what a pipe handed on
+) -> Any:  # the same, of which nothing is overwritten at the next pull
     "Steps, arrays and nests of them with memory of their own; losses, whatever carries gradients, and anything else, as it is"
     def own(x):
         return x.copy() if isinstance(x, np.ndarray) else x if x.requires_grad else x.clone()
@@ -396,19 +405,19 @@ def traverse(
 ) -> list[Pipe]:  # every pipe once
     "Every pipe of the graph, sources before what pulls them; the head comes last"
     order: dict[int, Pipe] = {}
-
-    def visit(node):
-        if id(node) in order:
-            return
-        for source in node.sources:
-            visit(source)
-        if through and isinstance(node, Foreign):
-            for inner in node.inner():
-                visit(inner)
-        order[id(node)] = node
-
-    visit(pipe)
+    _visit(pipe, through, order)
     return list(order.values())
+
+
+def _visit(node, through, order):  # no closure: one that calls itself would hold the pipes until the next collection of garbage
+    if id(node) in order:
+        return
+    for source in node.sources:
+        _visit(source, through, order)
+    if through and isinstance(node, Foreign):
+        for inner in node.inner():
+            _visit(inner, through, order)
+    order[id(node)] = node
 
 # %% ../../nbs/pipes/00_core.ipynb #0f5f3cf7
 def named_pipes(
