@@ -26,6 +26,7 @@ from fastrl_pipes.agents.core import ActionClip, ActionScaler, ActionUnbatcher, 
 from fastrl_pipes.agents.td3 import SmoothedCriticLossProcessor
 from fastrl_pipes.core import MergedStep, SampledStep, SimpleStep, copied, leaves, take_rows, to_tensor
 from fastrl_pipes.envs.debug import Goal
+from fastrl_pipes.envs.double_buffered import DoubleBufferedStepper
 from fastrl_pipes.envs.doubles import CountingVector
 from fastrl_pipes.envs.episodes import EpisodeStepper
 from fastrl_pipes.envs.stepper import GymStepper
@@ -506,7 +507,8 @@ TABLE: dict[type, dict[str, Entry]] = {
     Repeat: {"": entry(lambda s: Repeat(s, 3), pulls=lambda k: -(-k // 3)), "once": entry(lambda s: Repeat(s, 1), pulls=lambda k: k)},
     Take: {"": entry(lambda s: Take(s, 1000), pulls=lambda k: k), "few": entry(lambda s: Take(s, 5), pulls=lambda k: k, ends="it counts items of any kind")},
     NStepper: {"": entry(lambda s: NStepper(s, 3)), "one": entry(lambda s: NStepper(s, 1)), "one, there": entry(lambda s: NStepper(s, 1), lambda: as_torch(env_steps()), context=THERE),
-               "gaps": entry(lambda s: NStepper(s, 2), with_gaps, context={"rows": ROWS})},
+               "gaps": entry(lambda s: NStepper(s, 2), with_gaps, context={"rows": ROWS}),
+               "groups": Entry(lambda _, p: NStepper(DoubleBufferedStepper(GOAL, _pursuer(), 3, "sync", SEED), 3), None)},
     NSkipper: {"steps": entry(lambda s: NSkipper(s, 2)), "windows": entry(lambda s: NSkipper(s, 2), windows)},
     FirstLastMerger: {"": entry(lambda s: FirstLastMerger(s, 0.9), windows)},
     NStepFlattener: {"": entry(NStepFlattener, windows)},
@@ -525,6 +527,8 @@ TABLE: dict[type, dict[str, Entry]] = {
     TensorStepper: {"random": Entry(lambda _, p: TensorStepper(SHORT, n=2, seed=SEED), None),
                     "acts": Entry(lambda _, p: TensorStepper(SHORT, _swinging(), 2, SEED, random_steps=4), None),
                     "live": Entry(lambda _, p: TensorStepper(TorchPendulum(3, dtype=torch.float64, max_steps=5), seed=SEED), None)},
+    DoubleBufferedStepper: {"acts": Entry(lambda _, p: DoubleBufferedStepper(GOAL, _pursuer(), 3, "sync", SEED, random_steps=4), None),
+                            "random": Entry(lambda _, p: DoubleBufferedStepper(GOAL, n=2, mode="sync", seed=SEED), None)},
     EpisodeStepper: {"": Entry(lambda _, p: EpisodeStepper(GOAL, _pursuer(noise=False), episodes=5, seed=SEED, n=2), None)},
     ReplayWriter: {"": entry(lambda s: ReplayWriter(s, ReplayMemory(11))),
                    "there": entry(lambda s: ReplayWriter(s, ReplayMemory(11)), lambda: as_torch(env_steps()), context=THERE)},

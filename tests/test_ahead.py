@@ -18,23 +18,24 @@ from torch import nn
 from fastrl_pipes.agents.core import AgentHead, SimpleModelRunner
 from fastrl_pipes.agents.ddpg import DDPGAgent, DDPGLearner
 from fastrl_pipes.agents.sac import SACAgent, SACLearner
-from fastrl_pipes.core import SimpleStep, copied, denormals_flushed, seed_everything
+from fastrl_pipes.core import SimpleStep, copied, denormals_flushed, seed_everything, spawn_seed
+from fastrl_pipes.envs.backends import make_backend
 from fastrl_pipes.envs.debug import Bandit, Goal
+from fastrl_pipes.envs.double_buffered import DoubleBufferedStepper
 from fastrl_pipes.envs.doubles import Counting, Faulty
 from fastrl_pipes.envs.stepper import GymStepper
 from fastrl_pipes.errors import Interrupted, WorkerError
 from fastrl_pipes.learner.flatten import flatten
-from fastrl_pipes.memory.experience_replay import ExperienceReplay
 from fastrl_pipes.memory.prioritized import PrioritizedReplay
 from fastrl_pipes.networks.actor_critic import Actor, Critic
 from fastrl_pipes.networks.ensemble import Critics
 from fastrl_pipes.networks.policies import GaussianActor
 from fastrl_pipes.learner.optimizers import BasicOptStepper
 from fastrl_pipes.pipes.control import Every, Inlet
-from fastrl_pipes.pipes.core import Ahead, Context, Pipe, Stage, bind, named_modules, snapshot
+from fastrl_pipes.pipes.core import Ahead, Context, Stage, bind, named_modules, snapshot
 from fastrl_pipes.pipes.graph import find_pipe, find_pipes
 from fastrl_pipes.pipes.guards import NotFinite
-from fastrl_pipes.pipes.nstep import NStepper
+from fastrl_pipes.pipes.nstep import FirstLastMerger, NStepper
 from fastrl_pipes.pipes.prefetch import Prefetcher
 
 
@@ -106,12 +107,13 @@ class Pause(Stage):
         return item
 
 
-def ddpg(ahead=True, env="fastrl/Goal-v0", n=1, learner_sleeps=0.0, batch_norm=False, batches=10, warmup=10, nsteps=1, **more):
+def ddpg(ahead=True, env="fastrl/Goal-v0", n=1, double="", learner_sleeps=0.0, batch_norm=False, batches=10, warmup=10, nsteps=1, **more):
     "A DDPG learner with tiny networks"
     seed_everything(0)
-    sizes = (2, 1)
+    sizes = (3, 1) if env == "Pendulum-v1" else (2, 1)
     actor, critic = Actor(*sizes, 7, 5, batch_norm=batch_norm), Critic(*sizes, 7, 5)
-    pipe = GymStepper(env, DDPGAgent(actor, max_steps=40), n, "single" if n == 1 else "sync", 0, random_steps=warmup)
+    pipe = GymStepper(env, DDPGAgent(actor, max_steps=40), n, "single" if n == 1 else "sync", 0, random_steps=warmup) if not double else \
+        DoubleBufferedStepper(env, DDPGAgent(actor, max_steps=40), n, double, 0, random_steps=warmup, workers=2)
     pipe = Prefetcher(pipe) if ahead else pipe
     return DDPGLearner(actor, critic, pipe, [], tau=0.05, bs=8, max_sz=60, warmup=warmup, nsteps=nsteps, batches=batches,
                        dp_augmentation_fns=[partial(Pause, seconds=learner_sleeps)], **more)
@@ -146,10 +148,14 @@ class Moves(Stage):
         return item
 
 
-def acted_with(ahead, pulls=12, compiled="", n=1, pause=0.0, between=lambda k, pipe: None):
+def plain(agent):
+    return GymStepper("fastrl/ConstantReward-v0", agent, 1, "single", 0)
+
+
+def acted_with(ahead, pulls=12, compiled="", pause=0.0, between=lambda k, pipe: None, make=plain):
     "For each item: after how many updates were the parameters that chose its action?"
     model = Weight()
-    pipe = GymStepper("fastrl/ConstantReward-v0", AgentHead(SimpleModelRunner(Inlet(), model)), n, "single" if n == 1 else "sync", 0)
+    pipe = make(AgentHead(SimpleModelRunner(Inlet(), model)))
     runner = find_pipe(pipe, SimpleModelRunner)
     if compiled == "before":
         runner.compile(backend="eager")
@@ -448,7 +454,7 @@ def test_a_network_that_cannot_be_copied_is_refused_before_anything_is_pulled():
 
 
 def test_flatten_says_why_not():
-    with pytest.raises(ValueError, match="flatten: field 'Prefetcher' .*pulls ahead"):
+    with pytest.raises(ValueError, match="flatten: field 'Prefetcher' .*runs ahead"):
         flatten(ddpg(), seed=0)
 
 
@@ -629,6 +635,271 @@ def test_it_still_solves():
     seed_everything(0)
     actor, critic = Actor(1, 1, 32, 32), Critic(1, 1, 32, 32)
     pipe = Prefetcher(GymStepper(Bandit, DDPGAgent(actor), 1, "single", 0, random_steps=64))
+    learner = DDPGLearner(actor, critic, pipe, [], 5e-3, critic_lr=5e-3, tau=0.05, bs=64, warmup=64, batches=400)
+    learner.fit(1)
+    assert learner.validate(4)["mean"] > -0.02
+
+
+# === DoubleBufferedStepper ===========================================================================================
+LENGTHS = (5, 3, 8, 1)
+MODES = ["sync", "workers"]
+
+
+def counting(n):
+    return [partial(Counting, lengths=LENGTHS[i % 4:] + LENGTHS[:i % 4], start=100_000 * i) for i in range(n)]
+
+
+def by_row(pipe, pulls) -> dict:
+    "env_id -> its steps, one row each, in order"
+    found: dict = {}
+    for _ in range(pulls):
+        step = next(pipe)
+        for row, env in enumerate(step.env_id[:, 0].tolist()):
+            found.setdefault(env, []).append(step.map(lambda a, row=row: a[row:row + 1]))
+    return found
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("envs, n", [(counting(4), 4), (counting(3), 3), ("Pendulum-v1", 2)], ids=["four", "three", "pendulum"])
+def test_each_row_is_as_in_a_plain_stepper(mode, envs, n):
+    "Transitions, flags, seeds, episodes and their totals; and the actions of the random phase"
+    double, plain = DoubleBufferedStepper(envs, n=n, mode=mode, seed=5, name="stepper"), GymStepper(envs, n=n if isinstance(envs, str) else 1, mode="sync", seed=5, name="stepper")
+    found, expected = by_row(double, 80), by_row(plain, 40)
+    assert sorted(found) == list(range(n)) and all(len(steps) == 40 for steps in found.values())
+    for env in range(n):
+        same(found[env], expected[env], f"environment {env}:")
+    assert double.env_steps == plain.env_steps == 40 * n
+    double.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("compiled", ["", "before"])
+def test_a_double_buffered_step_is_stale_by_exactly_two_pulls(mode, compiled):
+    made = []
+
+    def make(agent):
+        made.append(DoubleBufferedStepper("fastrl/ConstantReward-v0", agent, 2, mode, 0))
+        return made[-1]
+    assert acted_with(None, make=make, compiled=compiled) == [0, 0, *range(10)]
+    if mode == "sync":
+        assert acted_with(Prefetcher, make=make, compiled=compiled) == [0, 0, 0, *range(9)], "both: by three"
+    for stepper in made:
+        stepper.close()
+
+
+def test_where_groups_take_turns_noise_has_a_state_for_each_environment():
+    "Ornstein-Uhlenbeck noise, computed by hand from the same generator"
+    actor = Weight()
+    stepper = DoubleBufferedStepper([partial(Counting, lengths=5)] * 3, DDPGAgent(actor, theta=0.3, sigma=0.1), mode="sync", seed=4)
+    bind(stepper, Context())
+    steps = [next(stepper) for _ in range(24)]
+    noise = find_pipe(stepper, "OrnsteinUhlenbeck")
+    rng, x = np.random.default_rng(spawn_seed(4, "OrnsteinUhlenbeck", "OrnsteinUhlenbeck")), np.zeros((3, 1))
+    for k, step in enumerate(steps):
+        rows = step.env_id[:, 0]
+        assert rows.tolist() == ([0, 1] if k % 2 == 0 else [2])
+        x[rows[step.step_n[:, 0] == 1]] = 0
+        x[rows] = 0.7 * x[rows] + 0.1 * rng.standard_normal((len(rows), 1))
+        epsilon = 1.0 - 0.8 * min(sum(len(s.env_id) for s in steps[:k]) / 100, 1)
+        assert np.allclose(step.action, epsilon * x[rows], atol=1e-6)
+    assert noise.steps == sum(len(s.env_id) for s in steps) + 3, "two groups are one step ahead"
+
+
+def test_windows_of_groups_are_those_of_their_environments():
+    def merged(stepper):
+        return FirstLastMerger(NStepper(stepper, 3), 0.9)
+    found = by_row(merged(DoubleBufferedStepper(counting(4), n=4, mode="sync", seed=0)), 150)
+    expected = by_row(merged(GymStepper(counting(4), mode="sync", seed=0)), 75)
+    for env in range(4):
+        k = min(len(found[env]), len(expected[env]))
+        assert k > 30 and [s.step_n.item() for s in found[env][:k]] == [s.step_n.item() for s in expected[env][:k]]
+        for field in ("state", "next_state", "reward", "discount", "terminated", "truncated"):
+            same([getattr(s, field) for s in found[env][:k]], [getattr(s, field) for s in expected[env][:k]], field)
+
+
+def test_the_timing_of_double_buffers_changes_nothing():
+    def env(seconds):
+        class Sleepy(Goal):  # made here, so that it travels to the workers by value
+            def step(self, action):
+                time.sleep(seconds * (abs(action[0]) < 0.3))
+                return super().step(action)
+        return Sleepy
+    found = []
+    for sleeps, learner_sleeps, mode in ((0.0, 0.0, "workers"), (0.004, 0.0, "workers"), (0.0, 0.004, "workers"), (0.001, 0.0, "sync")):
+        learner = ddpg(False, env(sleeps), 3, mode, learner_sleeps, nsteps=2, batches=20)
+        learner.fit(2)
+        found.append(learned(learner))
+        learner.close()
+    for other in found[1:]:
+        same(found[0], other)
+
+
+@pytest.mark.parametrize("use", [dict(double="sync"), dict(double="sync", nsteps=3, n=3), dict(double="workers", env="Pendulum-v1"), dict(double="sync", ahead=True)], ids=str)
+@pytest.mark.parametrize("at", [1, 8])
+def test_double_buffers_resume_to_the_bit(use, at, tmp_path):
+    use = {"ahead": False, "n": 2, "batches": at, **use}
+    learner, other, third = ddpg(**use), ddpg(**use), ddpg(**use)
+    learner.fit(1)
+    learner.save(tmp_path / "run")
+    other.load(tmp_path / "run")
+    same(whole(learner), whole(other), "the checkpoint:")
+    learner.fit(3), other.fit(3), third.fit(4)
+    same(whole(learner), whole(other), "both go on alike:")
+    same(learned(learner), learned(third), "as if it had not been saved:")
+    for one in (learner, other, third):
+        one.close()
+
+
+def test_fit_counts_what_double_buffers_hand_on():
+    learner = ddpg(False, n=4, double="sync")
+    learner.fit(env_steps=50)
+    assert learner.env_steps == learner.stepper.env_steps == 50 and learner.stepper._sent == 54
+    learner.validate(2)
+
+
+@pytest.mark.parametrize("row, kind", [(0, "raise"), (3, "raise"), (1, "hang"), (2, "exit")])
+def test_a_failing_environment_is_named_and_takes_all_processes_along(row, kind):
+    envs = [Counting if i != row else partial(Faulty, kind, 4) for i in range(4)]
+    stepper = DoubleBufferedStepper(envs, seed=0, timeout=1.5, workers=4)
+    processes = [p for half in stepper.backend.halves for p in half._processes]
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match=f"environment {row} "):
+        for _ in range(30):
+            next(stepper)
+    assert time.monotonic() - began < 10 and len(processes) == 4
+    for p in processes:
+        p.join(5)
+    assert not any(p.is_alive() for p in processes)
+    with pytest.raises(WorkerError, match="closed"):
+        next(stepper)
+
+
+def test_double_buffers_leave_no_process():
+    for end in ("close", "collect"):
+        stepper = DoubleBufferedStepper(Counting, n=2)
+        next(stepper)
+        processes = [p for half in stepper.backend.halves for p in half._processes]
+        assert len(processes) == 2
+        if end == "close":
+            stepper.close(), stepper.close()
+        else:
+            del stepper
+            gc.collect()
+        for p in processes:
+            p.join(5)
+        assert not any(p.is_alive() for p in processes)
+
+
+def test_an_interrupt_while_a_step_is_awaited_loses_nothing(monkeypatch):
+    stepper, twin = (DoubleBufferedStepper(counting(2), seed=0) for _ in range(2))
+    same([next(stepper) for _ in range(3)], [next(twin) for _ in range(3)])
+    half = stepper.backend.halves[1]
+    collect = half._collect
+
+    def interrupt(*rest):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(half, "_collect", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(stepper)
+    monkeypatch.setattr(half, "_collect", collect)
+    same([next(stepper) for _ in range(20)], [next(twin) for _ in range(20)])
+    stepper.close(), twin.close()
+
+
+def test_ctrl_c_in_a_fit_on_double_buffers(tmp_path, capsys):
+    use = dict(ahead=False, env="Pendulum-v1", n=2, double="workers", batches=10**9)
+    learner, other = ddpg(**use), ddpg(**use)
+    learner.folder = tmp_path / "interrupted"
+    thread = press(lambda: learner.recorder.batch > 3)
+    assert learner.fit(1) == [] and learner.interrupted
+    thread.join()
+    other.load(learner.folder)
+    learner.batches = other.batches = learner.batches_seen + 5
+    assert len(learner.fit(1)) == 1
+    other.fit(1)
+    same(whole(learner), whole(other), "both go on alike:")
+    learner.close(), other.close()
+
+
+def test_both_groups_step_while_the_learner_learns(tmp_path):
+    "Without a clock: between two pulls both groups are in the middle of a step, which ends only when the learner says so"
+    def env(row):
+        class Held(Counting):
+            taken = -1
+
+            def step(self, action):
+                self.taken += 1
+                (tmp_path / f"begun-{row}-{self.taken}").touch()
+                until = time.monotonic() + 20
+                while not (tmp_path / f"go-{self.taken}").exists():
+                    if time.monotonic() > until:
+                        raise RuntimeError("the learner does not work meanwhile")
+                    time.sleep(0.002)
+                (tmp_path / f"ended-{row}-{self.taken}").touch()
+                return super().step(action)
+        return Held
+
+    def await_file(name):
+        until = time.monotonic() + 20
+        while not (tmp_path / name).exists():
+            assert time.monotonic() < until, name
+            time.sleep(0.002)
+    (tmp_path / "go-0").touch()
+    stepper = DoubleBufferedStepper([env(0), env(1)], seed=0)
+    for step in range(1, 4):
+        next(stepper), next(stepper)
+        for row in (0, 1):
+            await_file(f"begun-{row}-{step}")
+            assert not (tmp_path / f"ended-{row}-{step}").exists()
+        (tmp_path / f"go-{step}").touch()
+    stepper.close()
+
+
+@pytest.mark.parametrize("use, error, words", [
+    (dict(envs=Counting, n=1), ValueError, "DoubleBufferedStepper: field 'n' is 1"),
+    (dict(envs=[Counting]), ValueError, "DoubleBufferedStepper: field 'n' is 1"),
+    (dict(envs=Counting, workers=1), ValueError, "field 'workers' is 1"),
+    (dict(envs=Counting, mode="async"), LookupError, "DoubleBufferedStepper: field 'mode' is 'async'"),
+    (dict(envs=[Counting(), Counting()]), ValueError, "holds a live Counting, expected ids or factories"),
+    (dict(envs="Nowhere-v0"), LookupError, "Nowhere-v0"),
+    (dict(envs=[Counting, Goal], mode="sync"), ValueError, "environment 1 .*field 'observation_space'"),
+])
+def test_what_double_buffers_refuse(use, error, words):
+    with pytest.raises(error, match=words):
+        DoubleBufferedStepper(**use)
+
+
+def test_flatten_refuses_double_buffers():
+    with pytest.raises(ValueError, match="flatten: field 'DoubleBufferedStepper' .*runs ahead"):
+        flatten(ddpg(False, n=2, double="sync"), seed=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_send_and_receive(mode):
+    "What `step` does, in two halves"
+    one, two = (make_backend(counting(2), mode=mode, workers=2) if mode == "workers" else make_backend(counting(2), mode=mode) for _ in range(2))
+    action = np.zeros((2, 1), np.float32)
+    with pytest.raises(ValueError, match="`send` before it"):
+        one.receive()
+    for _ in range(20):
+        same(copied(one.observe()), copied(two.observe()))
+        one.send(action)
+        same(copied(one.receive()), copied(two.step(action)))
+    one.observe()
+    one.send(action)
+    if mode == "workers":
+        with pytest.raises(ValueError, match="`observe` before each step"):
+            one.send(action)
+        state = one.snapshot()
+        assert state is None or state["steps"] == 21, "a snapshot waits for what is under way"
+        same(copied(one.receive()), copied(one.receive()))
+    one.close(), two.close()
+
+
+def test_double_buffers_still_solve():
+    seed_everything(0)
+    actor, critic = Actor(1, 1, 32, 32), Critic(1, 1, 32, 32)
+    pipe = DoubleBufferedStepper(Bandit, DDPGAgent(actor), 2, "sync", 0, random_steps=64)
     learner = DDPGLearner(actor, critic, pipe, [], 5e-3, critic_lr=5e-3, tau=0.05, bs=64, warmup=64, batches=400)
     learner.fit(1)
     assert learner.validate(4)["mean"] > -0.02

@@ -23,7 +23,7 @@ from .workers import Workers, usable_cpus
 from ..errors import check_choice, check_number, message, shape_of, suggest
 
 # %% auto #0
-__all__ = ['MODES', 'WORKERS_PAY_ABOVE', 'env_spec', 'step_seconds', 'make_another', 'make_backend']
+__all__ = ['MODES', 'WORKERS_PAY_ABOVE', 'env_spec', 'env_factories', 'step_seconds', 'make_another', 'make_backend']
 
 # %% ../../nbs/envs/08_backends.ipynb #58476c04
 MODES = ("auto", "single", "sync", "native", "workers", "async")
@@ -48,7 +48,12 @@ def _make(spec, kwargs):
     return gymnasium.make(spec, disable_env_checker=True, **kwargs)  # the rows check what matters, at each step
 
 # %% ../../nbs/envs/08_backends.ipynb #71f6099d
-def _factories(envs, n, kwargs):
+def env_factories(
+    envs: Any,  # an id, a factory, or a list of them
+    n: int,  # environments; 1 where a list knows
+    kwargs: dict[str, Any],  # for ids: what `gymnasium.make` takes
+) -> list:  # one per environment: what makes it, or a live environment
+    "What makes each environment. Raises ValueError, TypeError and LookupError for what cannot"
     several = isinstance(envs, Sequence) and not isinstance(envs, str)
     given = list(envs) if several else [envs] * n
     if several and (not given or n not in (1, len(given))):
@@ -117,7 +122,7 @@ def make_another(
 ) -> gymnasium.Env:  # the caller's to close
     "One environment more, as the first of those is, in this process"
     given = list(envs)[:1] if isinstance(envs, Sequence) and not isinstance(envs, str) else envs
-    return _build(_factories(given, 1, env_kwargs)[0])
+    return _build(env_factories(given, 1, env_kwargs)[0])
 
 # %% ../../nbs/envs/08_backends.ipynb #135fd6b6
 def make_backend(
@@ -142,7 +147,7 @@ def make_backend(
     if isinstance(envs, gymnasium.Env):
         _only_auto("a live Env", mode, ("auto", "single"), n, 1)
         return EnvRows([envs], "single", seed, check, owned=False)
-    factories, vector = _factories(envs, n, env_kwargs), None
+    factories, vector = env_factories(envs, n, env_kwargs), None
     n = len(factories)
     if any(isinstance(env, gymnasium.Env) for env in factories):
         _only_auto("a list of live environments", mode, ("auto", "sync"), n, n)

@@ -12,6 +12,7 @@ import gymnasium
 import numpy as np
 from gymnasium.vector.utils import create_empty_array
 
+from .shared import map_arrays
 from .spaces import check_action_space, check_observation_space
 from ..errors import CheckpointError, WorkerError, message, shape_of
 
@@ -24,7 +25,7 @@ OBSERVED, STEPPED, ANEW = range(3)  # what `observe` has to do: nothing, go on, 
 
 
 class EnvBackend:
-    "One way of running n environments; the interface is `observe`, `step`, `seed`, `reset_all`, `render`, `close`"
+    "One way of running n environments; the interface is `observe`, `step` (or `send` and `receive`), `seed`, `reset_all`, `render`, `close`"
 
     mode: str  # "single", "sync", "native", "async", "workers" or "live"
     n: int  # rows
@@ -45,6 +46,22 @@ class EnvBackend:
     ) -> tuple:  # next_obs nest [n, ...], reward [n, 1] float32, terminated, truncated [n, 1] bool, valid [n] bool or None
         "One step of each row. `valid` is None where all rows are true transitions. Raises WorkerError"
         raise NotImplementedError
+
+    _sent: Any = None  # actions of a step that has not been received
+
+    def send(
+        self,
+        actions: Any,  # as `step` takes them
+    ) -> None:
+        "Begin a step of each row. What runs in other processes goes on meanwhile; here the work is done in `receive`"
+        self._sent = map_arrays(np.copy, actions)
+
+    def receive(self) -> tuple:  # as `step` returns it
+        "What came of the actions that were sent. Raises WorkerError, and ValueError where none were"
+        if self._sent is None:
+            raise ValueError(message(self.mode, "receive", "was called", "`send` before it"))
+        actions, self._sent = self._sent, None
+        return self.step(actions)
 
     def seed(
         self,

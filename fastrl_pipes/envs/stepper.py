@@ -120,10 +120,14 @@ class GymStepper(Pipe):
         self._episode_n[first] += 1
 
     def _actions(self, state):
-        if self._act is None or self.env_steps < self.random_steps:
-            action = random_actions(self.action_space, self.n, self._rng)
+        return self._acted(SimpleStep(state=state, step_n=self._step_n, episode_n=self._episode_n, env_id=self._env_id), self.n, self.env_steps)
+
+    def _acted(self, step, rows, steps):
+        "Actions for some rows, after so many environment steps: in policy units, and in the environments'"
+        if self._act is None or steps < self.random_steps:
+            action = random_actions(self.action_space, rows, self._rng)
             return action, self._map.to_env(action)
-        acted = self._act(SimpleStep(state=state, step_n=self._step_n, episode_n=self._episode_n, env_id=self._env_id))
+        acted = self._act(step)
         if acted.raw_action is None:
             return acted.action, self._map.to_env(acted.action)
         return acted.action, acted.raw_action

@@ -31,7 +31,7 @@ from ..errors import CheckpointError, WorkerError, check_number, message, shape_
 __all__ = ['usable_cpus', 'Workers']
 
 # %% ../../nbs/envs/07_workers.ipynb #ada73a4a
-def _work(conn: Connection, factories: bytes, lo: int, worker: int, check: bool) -> None:
+def _work(conn: Connection, factories: bytes, lo: int, worker: int, check: bool, offset: int) -> None:
     "The life of a worker process: build, share, serve"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -43,7 +43,7 @@ def _work(conn: Connection, factories: bytes, lo: int, worker: int, check: bool)
         arrays = shared_arrays(path, *what)
         mine = slice(lo, lo + len(envs))
         part = {k: map_arrays(lambda a: a[mine], v) for k, v in arrays.items() if k not in ("at", "actions")}
-        rows = EnvRows(envs, offset=lo, check=check, arrays=part | {"at": arrays["at"][worker : worker + 1]})
+        rows = EnvRows(envs, offset=offset + lo, check=check, arrays=part | {"at": arrays["at"][worker : worker + 1]})
         actions = map_arrays(lambda a: a[mine], arrays["actions"])
 
         def step(_):
@@ -134,14 +134,15 @@ class Workers(EnvBackend):
         check: bool = True,  # refuse NaN and infinity in observations and rewards
         timeout: float = 60.0,  # seconds allowed for one step, reset or frame of all rows
         start_timeout: float = 120.0,  # seconds allowed for building the environments
+        offset: int = 0,  # index of the first row, where this is a part of a larger whole
     ):
-        self.n, self.timeout = len(factories), timeout
+        self.n, self.timeout, self.offset = len(factories), timeout, offset
         check_number("Workers", "timeout", timeout, 0)
         workers = min(usable_cpus(), self.n) if workers is None else workers
         check_number("Workers", "workers", workers, 1, self.n, whole=True)
         self.names, self._todo, self.closed = ["being built"] * self.n, ANEW, False
         self._starts = [self.n * w // workers for w in range(workers)] + [self.n]
-        self._at, self._conns, self._processes = np.array(self._starts[:-1]), [], []
+        self._at, self._conns, self._processes = np.array(self._starts[:-1]) + offset, [], []
         self._end = Finalize(self, _end, (self._processes, self._conns), exitpriority=10)
         self._all, self._unanswered = list(range(workers)), []
         try:
@@ -158,7 +159,7 @@ class Workers(EnvBackend):
         for w, (lo, hi) in enumerate(zip(self._starts, self._starts[1:])):
             ours, theirs = ctx.Pipe()
             payload = cloudpickle.dumps(list(factories[lo:hi]))
-            process = ctx.Process(target=_work, args=(theirs, payload, lo, w, check), daemon=True, name=f"envs-{w}")
+            process = ctx.Process(target=_work, args=(theirs, payload, lo, w, check, self.offset), daemon=True, name=f"envs-{w}")
             with _no_main():
                 process.start()
             theirs.close()  # so that the end of the process is the end of the file
@@ -175,12 +176,12 @@ class Workers(EnvBackend):
                 conn.send((path, *what))
             self._collect(self._all, "build", timeout)
         self._buffers, self._actions, self._at = (arrays["now"], arrays["next"]), arrays["actions"], arrays["at"]
-        self._at[:] = self._starts[:-1]
+        self._at[:] = [self.offset + lo for lo in self._starts[:-1]]
         self._reward, self._terminated, self._truncated = (arrays[k] for k in ("reward", "terminated", "truncated"))
         self.first = np.zeros((self.n, 1), bool)
 
     def seed(self, seed: int | None) -> None:
-        self._seed = seed  # until all episodes have begun
+        self._seed, self._sent = seed, None  # the seed, until all episodes have begun
         self._ask(self._all, "seed", seed)
         self._todo, (self._now, self._next) = ANEW, self._buffers
 
@@ -201,24 +202,44 @@ class Workers(EnvBackend):
         return self._now
 
     def step(self, actions: Any) -> tuple:
+        self.send(actions)
+        return self.receive()
+
+    def send(self, actions: Any) -> None:
+        "Begin a step of each row; the workers are at it until `receive`"
         if self._todo or rows_in(actions) != self.n:
             raise self._wrong_call(actions)
         self.steps += 1
         self._todo = _INTERRUPTED
         copy_arrays(self._actions, actions)
-        self._ask(self._all, "step")
-        self._todo = STEPPED
+        self._post(self._all, "step")
+        self._sent = True
+
+    def receive(self) -> tuple:
+        "Wait for what was sent. May be asked again: after an interrupt, what is still missing is awaited"
+        if self._sent is None and self._todo != STEPPED:
+            raise ValueError(message("Workers", "receive", "was called", "`send` before it"))
+        if self._sent:
+            self._check_open("receive")
+            self._collect(list(self._unanswered), "step", self.timeout)
+            self._todo, self._sent = STEPPED, None
         return self._next, self._reward, self._terminated, self._truncated, None
 
     def _ask(self, workers, word, value=None, values=None):
-        if self.closed:
-            raise WorkerError(message("Workers", word, "was called", "an open backend", "it was closed, or failed before"))
+        self._post(workers, word, value, values)
+        return self._collect(workers, word, self.timeout)
+
+    def _post(self, workers, word, value=None, values=None):
+        self._check_open(word)
         self._collect(list(self._unanswered), word, self.timeout)  # left over where an interrupt came before the answer
         for w in workers:
             self._unanswered.append(w)
             with contextlib.suppress(OSError):  # a dead worker shows when its answer is due
                 self._conns[w].send((word, value if values is None else values[w]))
-        return self._collect(workers, word, self.timeout)
+
+    def _check_open(self, word):
+        if self.closed:
+            raise WorkerError(message("Workers", word, "was called", "an open backend", "it was closed, or failed before"))
 
     def _collect(self, workers, word, timeout):
         deadline, answers = time.monotonic() + timeout, []
@@ -240,7 +261,7 @@ class Workers(EnvBackend):
 
     def _fault(self, w, *what):
         row = int(self._at[w])
-        error = env_fault(self.names[row], row, self.steps, *what)
+        error = env_fault(self.names[row - self.offset], row, self.steps, *what)
         return self._failed(str(error))
 
     def _failed(self, text):
@@ -254,6 +275,8 @@ class Workers(EnvBackend):
         return ValueError(message("Workers", "actions", f"is {shape_of(actions)}", f"{self.n} rows"))
 
     def snapshot(self) -> dict[str, Any] | None:
+        if self._sent:
+            self.receive()
         if self._todo == _INTERRUPTED:
             self.seed(None)
         parts = self._ask(self._all, "snapshot")

@@ -66,6 +66,7 @@ class Exploration(Stage):
         seed = spawn_seed(self.context.seed if self.context else None, type(self).__name__, str(self))
         self._rng = np.random.default_rng(seed) if device is None else torch.Generator(device).manual_seed(seed)
         self._rows = self.width = 0  # B and A, known from the first actions on
+        self.at = slice(None)  # the rows that act now: all of them, unless groups take turns
 
     @property
     def epsilon(self) -> float:
@@ -79,7 +80,7 @@ class Exploration(Stage):
         action = item.action if is_step else item
         rows = len(action)
         if rows != self._rows:
-            self._begin(action, rows)
+            self._begin(item, action, rows)
         elif is_step and item.step_n is not None and (self._stays_there or np.count_nonzero(item.step_n) < rows):
             self.forget(item.step_n[:, 0] == 0)
         explored = self._disturbed(action, rows)
@@ -94,8 +95,18 @@ class Exploration(Stage):
             self.steps += rows
             self.leader.steps += rows
 
-    def _begin(self, action, rows):
+    def _begin(self, item, action, rows):
+        "The first actions; or those of a group of environments that take turns, whose rows are a part of all"
         check_shape(str(self), "action", action, ("B", self.action_sz or None), "is action_sz the size of the action box?")
+        if isinstance(item, SimpleStep) and item.env_id is not None and self.context is not None and self.context.turns is not None:
+            if not self._rows:
+                self._rows, self.width = self.context.rows, action.shape[1]
+                self.forget(slice(None))
+            first = int(item.env_id[0, 0])
+            self.at = slice(first, first + rows)
+            if np.count_nonzero(item.step_n) < rows:
+                self.forget(np.flatnonzero(item.step_n[:, 0] == 0) + first)
+            return
         if self._rows:
             raise ValueError(message(str(self), "action", f"has {rows} rows", f"{self._rows}", "one chain acts for a fixed set of environments"))
         self._rows, self.width = rows, action.shape[1]
@@ -129,7 +140,7 @@ class Exploration(Stage):
             self._rng = generator_on(self._rng, device)
 
     def noise(self, rows: int) -> np.ndarray | torch.Tensor:
-        "[rows, A], the next noise of every environment, made of `normal`"
+        "[rows, A], the next noise of every environment in `self.at`, made of `normal`"
         raise NotImplementedError(f"{type(self).__name__} does not define noise(rows)")
 
     def forget(self, rows: Any) -> None:
@@ -209,7 +220,7 @@ class OrnsteinUhlenbeck(Exploration):
             self._x[rows] = 0.0
 
     def noise(self, rows: int) -> np.ndarray | torch.Tensor:
-        x = self._x
+        x = self._x[self.at]
         x *= 1.0 - self.theta
         x += self.sigma * self.normal(rows)
         if self.mu:

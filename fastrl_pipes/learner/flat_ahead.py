@@ -12,6 +12,6 @@ from .script import flattens
 __all__ = []
 
 # %% ../../nbs/learner/07_flat_ahead.ipynb #a66a634c
-@flattens("fastrl_pipes.pipes.prefetch.Prefetcher")
+@flattens("fastrl_pipes.pipes.prefetch.Prefetcher", "fastrl_pipes.envs.double_buffered.DoubleBufferedStepper")
 def _ahead(pipe, script):
-    raise ValueError(message("flatten", script.labels[id(pipe)], f"is a {type(pipe).__name__}, which pulls ahead", "a stack without it", "a script is one loop, in which acting and learning take turns"))
+    raise ValueError(message("flatten", script.labels[id(pipe)], f"is a {type(pipe).__name__}, which runs ahead", "a stack without it", "a script is one loop, in which acting and learning take turns"))

@@ -162,5 +162,6 @@ def profile(
 def _split_environments(name, p, clocks, after):
     "A row for the environments of a stepper"
     backend = getattr(p, "backend", None)
-    for method in ("observe", "step", "render") if backend is not None else ():
-        after.callback(instead(backend, method, clocks.on(f"{name}: environments", getattr(backend, method), items=method == "step")))
+    methods = () if backend is None else ("observe", "send", "receive") if hasattr(backend, "turns") else ("observe", "step", "render")
+    for method in methods:
+        after.callback(instead(backend, method, clocks.on(f"{name}: environments", getattr(backend, method), items=method in ("step", "receive"))))

@@ -33,6 +33,7 @@ class Context:
     dtype: torch.dtype | None = None  # of batches: the networks' own
     rows: int | None = None  # environments, that is the B of the acting side
     acting_device: torch.device | None = None  # where the environments' tensors are; None: they hand out NumPy arrays
+    turns: tuple[int, ...] | None = None  # where groups of neighbouring environments take turns, an item each: the first row of each group
     observation_space: Any = None  # of one environment
     action_space: Any = None  # of one environment
     recorder: Any = None  # where collectors write

@@ -5,6 +5,7 @@
 # %% ../../nbs/pipes/03_nstep.ipynb #8f5c9a66
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from typing import Any
 
@@ -42,14 +43,17 @@ class NStepper(Fan):
     def restart(self) -> None:
         self._items: deque[SimpleStep] = deque(maxlen=self.n)
         self._held: np.ndarray | None = None  # [environments] steps of the current episode among the items
+        self._group, self._others = 0, {}  # where groups of environments take turns: whose these are, and those of the other groups
 
     def forward(self, item: Any) -> tuple:
         if not isinstance(item, SimpleStep):
             return (item,)
         if self.context.acting_device is not None:
             return ((copied(item),),)
+        if self.context.turns is not None:
+            self._turn_to(item)
         if self._held is None:
-            self._held = np.zeros(self.context.rows or _environments(item), np.int64)
+            self._held = np.zeros(self._environments(item, self._group), np.int64)
         step, held = copied(item), self._held
         if len(step.reward) == len(held):
             held += 1
@@ -61,6 +65,20 @@ class NStepper(Fan):
             done = np.asarray(step.terminated) | np.asarray(step.truncated)
             windows += self._tails(done[:, 0] & (held > 0))
         return windows
+
+    def _turn_to(self, step):
+        "Go on with the windows of the group that a step is from"
+        group = bisect_right(self.context.turns, int(step.env_id[0, 0])) - 1
+        if group != self._group:
+            self._others[self._group] = self._items, self._held
+            self._items, self._held = self._others.pop(group, (deque(maxlen=self.n), None))
+            self._group = group
+
+    def _environments(self, step, group=0):
+        "How many the windows are for"
+        if (turns := self.context.turns) is not None:
+            return (*turns, self.context.rows)[group + 1] - turns[group]
+        return self.context.rows or (len(step.reward) if step.env_id is None else int(np.asarray(step.env_id).max()) + 1)
 
     def _full(self):
         "The window of n steps, for the environments that have one"
@@ -81,7 +99,7 @@ class NStepper(Fan):
 
     def _spread(self, step):
         "An item that lacks some environments, with rows for all of them"
-        held, ids = self._held, step.env_id[:, 0]
+        held, ids = self._held, step.env_id[:, 0] - (0 if self.context.turns is None else self.context.turns[self._group])
         missing = np.setdiff1d(np.arange(len(held)), ids)
         if (held[missing] > 0).any():
             raise ValueError(message(str(self), "env_id", f"lacks environments {missing[held[missing] > 0].tolist()} in the middle of an episode",
@@ -95,23 +113,27 @@ class NStepper(Fan):
         return map_leaves(wide, step)
 
     def get_own(self) -> dict[str, Any]:
-        return {**super().get_own(), "items": list(self._items), "held": self._held}
+        others = {"group": self._group, "others": {str(g): [list(items), held] for g, (items, held) in self._others.items()}}
+        return {**super().get_own(), "items": list(self._items), "held": self._held, **(others if self.context.turns is not None else {})}
 
     def set_own(self, state: dict[str, Any]) -> None:
         super().set_own(state)
-        items, held, rows = state["items"], state["held"], self.context.rows
+        self._group, groups = state.get("group", 0), {int(g): kept for g, kept in state.get("others", {}).items()}
+        groups[self._group] = state["items"], state["held"]
+        self._others = {g: self._checked(g, *kept) for g, kept in groups.items()}
+        self._items, self._held = self._others.pop(self._group)
+
+    def _checked(self, group, items, held):
+        "The windows of a state. Raises CheckpointError"
+        rows = self.context.rows if self.context.turns is None else self._environments(None, group)
         if not all(isinstance(step, SimpleStep) for step in items) or len(items) > self.n:
             raise CheckpointError(message(str(self), "items", f"are {shape_of(items)[:200]}", f"up to {self.n} steps"))
         if held is not None and (held.dtype != np.int64 or held.shape != (len(held) if rows is None else rows,) or any(len(step) != len(held) for step in items)):
             raise CheckpointError(message(str(self), "held", f"is {shape_of(held)}", f"int64 [{rows}], a number for every environment"))
-        self._items, self._held = deque(items, maxlen=self.n), held
+        return deque(items, maxlen=self.n), held
 
     def probe(self, item: Any) -> tuple:
         return ((item,) * self.n,) if isinstance(item, SimpleStep) else (item,)
-
-
-def _environments(step):
-    return len(step.reward) if step.env_id is None else int(np.asarray(step.env_id).max()) + 1
 
 # %% ../../nbs/pipes/03_nstep.ipynb #e91a70a2
 class NSkipper(Fan):
