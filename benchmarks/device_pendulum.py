@@ -28,16 +28,16 @@ import torch
 from gymnasium import spaces
 
 sys.path.insert(0, str(Path(__file__).resolve().parent/"entrants"))
-import packed  # noqa: E402
+import packed
 
-from fastrl_pipes.agents.ddpg import Actor, Critic, DDPGAgent, DDPGLearner  # noqa: E402
-from fastrl_pipes.agents.sac import SACAgent, SACLearner  # noqa: E402
-from fastrl_pipes.agents.td3 import TD3Agent, TD3Learner  # noqa: E402
-from fastrl_pipes.core import seed_everything  # noqa: E402
-from fastrl_pipes.envs.tensor_envs import TensorEnvs, TorchPendulum  # noqa: E402
-from fastrl_pipes.envs.tensor_stepper import TensorStepper  # noqa: E402
-from fastrl_pipes.networks.ensemble import Critics  # noqa: E402
-from fastrl_pipes.networks.policies import GaussianActor  # noqa: E402
+from fastrl_pipes.agents.ddpg import Actor, Critic, DDPGAgent, DDPGLearner
+from fastrl_pipes.agents.sac import SACAgent, SACLearner
+from fastrl_pipes.agents.td3 import TD3Agent, TD3Learner
+from fastrl_pipes.core import seed_everything
+from fastrl_pipes.envs.tensor_envs import TensorEnvs, TorchPendulum
+from fastrl_pipes.envs.tensor_stepper import TensorStepper
+from fastrl_pipes.networks.ensemble import Critics
+from fastrl_pipes.networks.policies import GaussianActor
 
 WORKLOADS = {"W1": ("ddpg", 3, 1, 128), "W2": ("td3", 3, 1, 256), "W3": ("sac", 3, 1, 256), "W4": ("sac", 17, 6, 256)}  # algorithm, widths of observation and action, batch
 ENTRANTS = ("ours", "ours-compiled", "ours-graphs", "plain", "plain-compiled", "plain-graphs")

@@ -31,6 +31,7 @@ from fastrl_pipes.exploration.noise import OrnsteinUhlenbeck
 from fastrl_pipes.learner.flatten import flatten
 from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayMemory, ReplayWriter
 from fastrl_pipes.memory.hindsight import HindsightReplay
+from fastrl_pipes.memory.offline import MixedReplay
 from fastrl_pipes.memory.prioritized import PrioritizedReplay
 from fastrl_pipes.networks.actor_critic import Actor, Critic
 from fastrl_pipes.networks.ensemble import Critics, Value
@@ -235,6 +236,10 @@ def test_the_replay_follows_the_environments_unless_told():
     for memory in (told, free):
         bind(ReplayWriter([], memory), Context(acting_device=torch.device("meta")))
     assert (told.device.type, free.device.type, told.anew()._follows, free.anew()._follows) == ("cpu", "meta", False, True)
+    data = ReplayMemory(9)
+    data.write(next(TensorStepper(Lengths, n=4, seed=0)))
+    with pytest.raises(ValueError, match="MixedReplay: field 'data' lives on cpu, expected a memory on meta"):
+        bind(MixedReplay([], data, bs=4), Context(acting_device=torch.device("meta")))
     memory = ReplayMemory(9)
     memory.write(next(TensorStepper(Lengths, n=4, seed=0)))
     memory.follow("meta")
@@ -503,17 +508,16 @@ def swings_up(pulls, n=64, **more):
     seed_everything(0)
     actor, critic = GaussianActor(3, 1, (32, 32)), Critics(3, 1, hidden=(32, 32))
     train = TensorStepper(TorchPendulum, SACAgent(actor), n, seed=0, random_steps=20 * n)
-    rate = dict(actor_lr=3e-3, critic_lr=3e-3, alpha_lr=3e-3, initial_alpha=0.2, discount=0.95, tau=0.02)
-    learner = SACLearner(actor, critic, (train, GymStepper("Pendulum-v1")), [], bs=128, max_sz=100_000, warmup=20 * n, batches=pulls, **{**rate, **more})
+    rate = {"actor_lr": 3e-3, "critic_lr": 3e-3, "alpha_lr": 3e-3, "initial_alpha": 0.2, "discount": 0.95, "tau": 0.02}
+    learner = SACLearner(actor, critic, (train, GymStepper("Pendulum-v1")), [], warmup=20 * n, batches=pulls, **{**rate, "bs": 128, "max_sz": 100_000, **more})
     return learner, learner.fit(1)[-1]
 
 
 def test_sac_learns_from_64_pendulums():
-    learner, row = swings_up(1400)
-    assert row["rolling_reward"] > -700, "random torques give about -1220"
+    assert swings_up(1400)[1]["rolling_reward"] > -700, "random torques give about -1220"
 
 
 @pytest.mark.slow
-def test_sac_swings_the_pendulum_up():
-    learner, row = swings_up(3000)
-    assert learner.validate(20)["mean"] > -250
+@pytest.mark.parametrize("n, settings", [(64, {}), (4096, {"repeat": 8, "bs": 256, "max_sz": 2**20})], ids=["64", "4096"])
+def test_sac_swings_the_pendulum_up(n, settings):
+    assert swings_up(3200, n, **settings)[0].validate(20)["mean"] > -250

@@ -368,7 +368,8 @@ class ReplaySampler(Fan):
         "Where nothing needs converting, one batch is filled again and again: its fields are views made once"
         memory, context = self.memory, self.context
         self._batch = False
-        if memory.layout.is_in(context.dtype) and context.device in (None, memory.device):
+        here = context.device is None or torch.empty(0, device=context.device).device == memory.rows.device  # "cuda" is "cuda:0"
+        if memory.layout.is_in(context.dtype) and here:
             self._rows = memory.rows.new_zeros(self.bs, memory.rows.shape[1])
             self._batch = memory.layout.unpack(self._rows)
 

@@ -115,6 +115,11 @@ class MixedReplay(ExperienceReplay):
     def announce(self, context: Context) -> None:
         _announce_spaces(str(self), self.data, context)
 
+    def on_bind(self, context: Context) -> None:
+        super().on_bind(context)
+        if self.data.device.type != self.memory.device.type:  # which has followed environments that are tensors
+            raise ValueError(message(str(self), "data", f"lives on {self.data.device}", f"a memory on {self.memory.device}, where the environments are"))
+
     def restart(self) -> None:
         super().restart()
         self._parts = self._index[:self.online_bs], self._index[self.online_bs:]
