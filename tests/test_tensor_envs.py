@@ -170,6 +170,34 @@ def test_a_mistake_in_time_is_noticed(method, mistake, monkeypatch):
         check_truth([next(pipe) for _ in range(20)])
 
 
+class Nest(TensorEnvs):
+    "A nest is seen, and whole numbers are taken"
+
+    def __init__(self, n):
+        super().__init__(n, spaces.Dict(place=spaces.Box(0, 1, (2, 2)), parts=spaces.Tuple((spaces.Discrete(9), spaces.Box(0, 255, (3,), np.uint8)))), spaces.MultiDiscrete([2, 5], start=[0, 3]), 3)
+
+    def begin(self, generator):
+        return {"place": torch.rand(self.n, 2, 2, generator=generator), "taken": torch.zeros(self.n, 2, dtype=torch.int64)}
+
+    def look(self, state):
+        return {"place": state["place"], "parts": (state["taken"].sum(1) % 9, state["taken"][:, :1].expand(-1, 3).to(torch.uint8))}
+
+    def move(self, state, action):
+        return {**state, "taken": action}, action.sum(1, keepdim=True).float(), torch.zeros(self.n, 1, dtype=torch.bool)
+
+
+def test_nests_and_whole_numbers():
+    pipe = ReplayWriter(TensorStepper(Nest, n=30, seed=0), memory := ReplayMemory(300))
+    steps = [next(pipe) for _ in range(10)]
+    for step in steps:
+        assert step.action.dtype == torch.int64 and step.raw_action.shape == (30, 2) and torch.equal(step.raw_action, step.action + torch.tensor([0, 3]))
+        assert torch.equal(step.next_state["parts"][0], step.raw_action.sum(1) % 9) and torch.equal(step.next_state["place"], step.state["place"])
+    assert {tuple(a) for s in steps for a in s.action.tolist()} == {(i, j) for i in range(2) for j in range(5)}
+    kept = memory.gather(torch.arange(300))
+    for path in (lambda s: s.state["place"], lambda s: s.next_state["parts"][0], lambda s: s.next_state["parts"][1], lambda s: s.action):
+        assert torch.equal(path(kept), torch.cat([path(s) for s in steps])) and path(kept).dtype == path(steps[0]).dtype
+
+
 class Mirror(TensorEnvs):
     "Shows a number; the reward is minus the distance of the action from it"
 

@@ -64,7 +64,8 @@ class Exploration(Stage):
         self.steps = 0 if self.leader is None else self.leader.steps  # environment steps acted on
         device = self.context.acting_device if self.context else None
         seed = spawn_seed(self.context.seed if self.context else None, type(self).__name__, str(self))
-        self._rng = np.random.default_rng(seed) if device is None else torch.Generator(device).manual_seed(seed)
+        self._stays_there = device is not None  # are the environments tensors? Noise is then drawn and kept on their device, and nobody looks whether an episode has begun
+        self._rng = torch.Generator(device).manual_seed(seed) if self._stays_there else np.random.default_rng(seed)
         self._rows = self.width = 0  # B and A, known from the first actions on
         self.at = slice(None)  # the rows that act now: all of them, unless groups take turns
 
@@ -120,11 +121,6 @@ class Exploration(Stage):
         if isinstance(action, torch.Tensor):
             return action + torch.as_tensor(noise * epsilon, dtype=action.dtype, device=action.device)
         return action + (noise * epsilon).astype(action.dtype)
-
-    @property
-    def _stays_there(self):
-        "Are the environments tensors, so that noise is drawn and kept on their device, and nobody looks whether an episode has begun?"
-        return isinstance(self._rng, torch.Generator)
 
     def normal(
         self,
