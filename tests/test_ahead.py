@@ -18,7 +18,13 @@ from torch import nn
 from fastrl_pipes.agents.core import AgentHead, SimpleModelRunner
 from fastrl_pipes.agents.ddpg import DDPGAgent, DDPGLearner
 from fastrl_pipes.agents.sac import SACAgent, SACLearner
-from fastrl_pipes.core import SimpleStep, copied, denormals_flushed, seed_everything, spawn_seed
+from fastrl_pipes.core import (
+    SimpleStep,
+    copied,
+    denormals_flushed,
+    seed_everything,
+    spawn_seed,
+)
 from fastrl_pipes.envs.backends import make_backend
 from fastrl_pipes.envs.debug import Bandit, Goal
 from fastrl_pipes.envs.double_buffered import DoubleBufferedStepper
@@ -26,14 +32,14 @@ from fastrl_pipes.envs.doubles import Counting, Faulty
 from fastrl_pipes.envs.stepper import GymStepper
 from fastrl_pipes.errors import Interrupted, WorkerError
 from fastrl_pipes.learner.flatten import flatten
+from fastrl_pipes.learner.optimizers import BasicOptStepper
 from fastrl_pipes.memory.prioritized import PrioritizedReplay
 from fastrl_pipes.networks.actor_critic import Actor, Critic
 from fastrl_pipes.networks.ensemble import Critics
 from fastrl_pipes.networks.policies import GaussianActor
-from fastrl_pipes.learner.optimizers import BasicOptStepper
 from fastrl_pipes.pipes.control import Every, Inlet
 from fastrl_pipes.pipes.core import Ahead, Context, Stage, bind, named_modules, snapshot
-from fastrl_pipes.pipes.graph import find_pipe, find_pipes
+from fastrl_pipes.pipes.graph import find_pipe
 from fastrl_pipes.pipes.guards import NotFinite
 from fastrl_pipes.pipes.nstep import FirstLastMerger, NStepper
 from fastrl_pipes.pipes.prefetch import Prefetcher
@@ -302,6 +308,55 @@ def test_validation_changes_nothing():
     same(whole(learner), whole(twin))
 
 
+def test_no_two_threads_compile_at_once():
+    "The graph of the network that acts is made while the learner waits; all others, while the thread does nothing that is new"
+    learner = ddpg()
+    learner.compile(backend="eager")
+    at_work, both = [], []
+    for p in (find_pipe(learner, SimpleModelRunner), find_pipe(learner, "CriticLossProcessor"), find_pipe(learner, "ActorLossProcessor")):
+        made = type(p._compiled)._made
+
+        def slowly(graph, *args, made=made):
+            at_work.append(graph)
+            both.append(len(at_work))
+            time.sleep(0.05)
+            try:
+                return made(graph, *args)
+            finally:
+                at_work.remove(graph)
+        p._compiled._made = partial(slowly, p._compiled)
+    runner = find_pipe(learner, SimpleModelRunner)
+    compiled_call = runner.compiled_call
+
+    def anew(**options):  # for the copy
+        graph = compiled_call(**options)
+        graph._made = partial(slowly, graph)
+        return graph
+    runner.compiled_call = anew
+    learner.fit(2)
+    assert both == [1, 1, 1] and not find_pipe(learner, Prefetcher)._places.untried
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("error:.*stays eager")
+def test_a_compiled_learner_pulls_ahead():
+    "With torch's own compiler, in the thread: the same run each time, near to the eager one"
+    found = []
+    for compiled in (True, True, False):
+        learner = ddpg(batches=20)
+        if compiled:
+            learner.compile()
+        learner.fit(2)
+        assert not compiled or {"SimpleModelRunner", "CriticLossProcessor", "ActorLossProcessor"} <= {k for k, v in learner.compile_seconds.items() if v}
+        found.append(learned(learner))
+    same(found[0], found[1])
+    for name, state in found[0]["modules"].items():
+        if name.endswith("model"):
+            for key, x in state.items():
+                assert torch.allclose(x, found[2]["modules"][name][key], rtol=1e-3, atol=1e-4), (name, key)
+
+
 # --- resume ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("use", [dict(), dict(n=2, nsteps=3), dict(batch_norm=True)], ids=str)
 @pytest.mark.parametrize("at", [1, 7])
@@ -561,29 +616,37 @@ def test_no_thread_before_the_first_pull_and_none_after_the_end():
     again.close()
 
 
-def test_environments_are_not_closed_under_the_thread():
-    busy = threading.Event()
+class Busy(Counting):
+    "Each step takes a while; `at_work` while it lasts"
+    at_work = False
 
-    class Slow(Counting):
-        closed_in = None
+    def step(self, action):
+        self.at_work = True
+        time.sleep(0.15)
+        self.at_work = False
+        return super().step(action)
 
-        def step(self, action):
-            busy.set()
-            time.sleep(0.2)
-            self.stepping = False
-            return super().step(action)
+    def close(self):
+        self.closed_at_work = self.at_work
 
-        def close(self):
-            Slow.closed_in = getattr(self, "stepping", True)
-    env = Slow()
-    stepper = GymStepper(lambda: env, seed=0)
-    pipe = Prefetcher(stepper)
+
+@pytest.mark.parametrize("ask", [
+    lambda pipe, stepper, runner: stepper.close(), lambda pipe, stepper, runner: stepper.get_own(), lambda pipe, stepper, runner: pipe.get_state(), lambda pipe, stepper, runner: named_modules(pipe),
+    lambda pipe, stepper, runner: runner.probe(SimpleStep.random(3, 1, 1)), lambda pipe, stepper, runner: stepper.agent.for_validation(), lambda pipe, stepper, runner: pipe.reset(None),
+    lambda pipe, stepper, runner: pipe.close(), lambda pipe, stepper, runner: bind(Pause(pipe), pipe.context), lambda pipe, stepper, runner: runner.compile(backend="eager"),
+], ids=["close a stepper", "its state", "all state", "networks", "probe", "validation", "reset", "close", "bind", "compile"])
+def test_whoever_asks_while_the_thread_is_at_work_waits(ask):
+    env = Busy()
+    stepper = GymStepper(lambda: env, AgentHead(SimpleModelRunner(Inlet(), Weight())), seed=0)
+    pipe, runner = Prefetcher(stepper), find_pipe(stepper, SimpleModelRunner)
     next(pipe)
-    busy.clear()
-    env.stepping = True
-    assert busy.wait(5) or True
-    stepper.close()
-    assert Slow.closed_in is False, "it waits until the step is done"
+    until = time.monotonic() + 5
+    while not env.at_work and time.monotonic() < until:
+        time.sleep(0.001)
+    assert env.at_work
+    ask(pipe, stepper, runner)
+    assert not env.at_work and not getattr(env, "closed_at_work", False)
+    pipe.close()
 
 
 def test_the_items_outlive_the_pulls_of_the_thread():

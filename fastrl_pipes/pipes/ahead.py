@@ -221,6 +221,11 @@ class StandIns:
             with torch.no_grad():
                 torch._foreach_copy_(self.copies, self.theirs)
 
+    @property
+    def untried(self) -> bool:
+        "Is a graph still to be compiled, when its pipe is asked for the first time?"
+        return any(p._compiled is not None and not p._compiled.seconds for p in self._graphs)
+
     def undo_when_collected(
         self,
         owner: Any,  # a pipe

@@ -101,6 +101,8 @@ class Prefetcher(Pipe):
             self._install(self.context)
         self._places.refresh()
         self._helper.ask(self._pull)
+        if self._places.untried:
+            self._helper.settle()
 
     def _collect(self, raising=False):
         "Wait for the pull under way, and keep its item"
