@@ -25,9 +25,9 @@ HERE = Path(__file__).resolve().parent
 FIELDS = ("algorithm", "entrant", "seed", "goal", "solved", "seconds", "cpu_seconds", "env_steps", "return", "threads", "about")
 ENTRANTS = ("ours", "ours-compiled", "sb3")
 EVERY, EPISODES, ENV = 250, 20, "Pendulum-v1"
-ZOO = {
+ZOO = {  # hyperparams/{sac,ddpg}.yml of rl-baselines3-zoo, Pendulum; what is not set there has the library's default
     "sac": {"learning_rate": 1e-3},
-    "ddpg": {"learning_rate": 1e-3, "gamma": 0.98, "buffer_size": 200_000, "learning_starts": 10_000, "gradient_steps": 1, "train_freq": 1, "policy_kwargs": {"net_arch": [400, 300]}, "noise_std": 0.1},
+    "ddpg": {"learning_rate": 1e-3, "gamma": 0.98, "buffer_size": 200_000, "learning_starts": 10_000, "gradient_steps": -1, "train_freq": (1, "episode"), "policy_kwargs": {"net_arch": [400, 300]}, "noise_std": 0.1},
 }
 
 

@@ -142,7 +142,7 @@ def called_in_an_update(learner):
 ON_THE_PATH = ["ReplaySampler.forward", "Fan.next", "Stage.next", "LossProcessor.forward", "TDLossProcessor.loss", "TDLossProcessor.bootstrap", "SoftCriticLossProcessor.target",
                "SoftActorLossProcessor.loss", "TemperatureLossProcessor.loss", "Draws.normal", "call_policy", "call_model", "GaussianActor.forward", "squashed_sample",
                "Critics.forward", "BatchedLinear.forward", "Temperature.forward", "least", "td_target", "td_loss", "soft_policy_loss", "temperature_loss",
-               "SampledStep.of", "BasicOptStepper.forward", "SoftTargetUpdater.forward", "polyak"]
+               "SampledStep.of", "BasicOptStepper.forward", "SoftTargetUpdater.forward", "polyak_step"]
 
 
 def test_one_sac_update_can_be_followed_in_350_lines():

@@ -21,13 +21,18 @@ def errors(rows, seed=0):
     return (np.abs(np.random.default_rng(seed).standard_normal(rows)) ** 3).astype(np.float32) + 1e-6
 
 
-def rates(job, **calls):
-    "Column -> (per CPU second, per wall second); each call is (function, what one call counts as). A third of the steps warm up"
+def rates(job, seconds=0.3, **calls):
+    """Column -> (per CPU second, per wall second); each call is (function, what one call counts as).
+
+    A memory is filled once before adding to it is timed: the first rows of it also pay for pages that the system has to find. Then as many calls as take about `seconds`."""
     found = {}
     for name, (call, each) in calls.items():
-        n = max(5 * job["steps"] // each, 200)
-        for _ in range(max(n // 3, 10)):
+        for _ in range(-(-job["max_sz"] // each) if name.startswith("add") else 20):
             call()
+        began = time.perf_counter()
+        for _ in range(20):
+            call()
+        n = max(20, int(20 * seconds / (time.perf_counter() - began)))
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(n):
             call()

@@ -10,7 +10,7 @@ import torch
 from ..errors import check_number, message
 
 # %% auto #0
-__all__ = ['polyak']
+__all__ = ['polyak', 'polyak_step']
 
 # %% ../../nbs/functional/00_averaging.ipynb #fdb5dc83
 def polyak(
@@ -28,7 +28,16 @@ def polyak(
         _refuse(targets, sources)
     if torch.is_grad_enabled() and any([t.requires_grad for t in (*targets, *sources)]):
         with torch.no_grad():
-            return polyak(targets, sources, tau)
+            return polyak_step(targets, sources, tau)
+    polyak_step(targets, sources, tau)
+
+
+def polyak_step(
+    targets: list[torch.Tensor],  # as `polyak` takes them, without history
+    sources: list[torch.Tensor],  # likewise
+    tau: float,  # in [0, 1]
+) -> None:
+    "`polyak` of lists that were checked before: a pipe has the same ones at every batch"
     if not all([t.is_floating_point() for t in targets]):
         targets, sources = _copy_integers(targets, sources)
     if targets:

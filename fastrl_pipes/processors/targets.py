@@ -11,7 +11,7 @@ from torch import nn
 
 from ..core import SimpleStep
 from ..errors import check_number, check_same_shape, message
-from ..functional.averaging import polyak
+from ..functional.averaging import polyak_step
 from ..networks.targets import target_of
 from ..pipes.core import Context, Pipe, Stage, named_pipes
 from ..pipes.graph import find_pipes
@@ -68,7 +68,7 @@ class SoftTargetUpdater(Stage):
         if isinstance(item, SimpleStep):
             self.count += 1
             if self.count % self.target_sync == 0:
-                polyak(self._targets, self._sources, self.tau)
+                polyak_step(self._targets, self._sources, self.tau)
         return item
 
     def modules(self) -> dict[str, Any]:
