@@ -96,16 +96,24 @@ class CompiledCall:
                     self.drawing.given = ()
                 raise NotCompiled(f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no reason given'}") from e
         graph = self._graphs[key]
-        with torch.no_grad():
-            noise = [self.drawing.normal(x) for x in graph.likes]
-            out = graph.call(*graph.held, *[noise[i] for i in graph.drawn], *[given[i] for i in graph.wanted])
-            if graph.moved:
-                torch._foreach_copy_(graph.moved, out[-len(graph.moved):])
-                out = out[:-len(graph.moved)]
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                out = self._out_of(graph, given)
+        else:
+            out = self._out_of(graph, given)
         rest = iter(out)
         grads = None if self.stepped is None else [next(rest) if u else None for u in graph.used]
         found = map_leaves(lambda _: next(rest), graph.nest)
         return found if grads is None else (grads, found)
+
+    def _out_of(self, graph, given):
+        "What the graph makes of the arguments' tensors, and of numbers that are drawn now; buffers that it moves are written back"
+        noise = [self.drawing.normal(x) for x in graph.likes]
+        out = graph.call(*graph.held, *[noise[i] for i in graph.drawn], *[given[i] for i in graph.wanted])
+        if graph.moved:
+            torch._foreach_copy_(graph.moved, out[-len(graph.moved):])
+            out = out[:-len(graph.moved)]
+        return out
 
     def _made(self, args, given):
         "Trace and compile for these arguments"
