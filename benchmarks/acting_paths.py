@@ -273,22 +273,16 @@ def main():
     if args.envs < 2 or args.envs % 2:
         parser.error(f"--envs is {args.envs}, expected an even number")
     if not args.report:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        new = not args.out.exists()
-        with args.out.open("a", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, FIELDS, lineterminator="\n")
-            if new:
-                writer.writeheader()
+        from fastrl_pipes.learner.bench import append_rows
 
-            def say(**row):
-                row = {"threads": 1, "torch": torch.__version__, "when": time.strftime("%Y-%m-%d"), **row}
-                row["value"], row["cpu_ms"] = round(row["value"], 3), round(row["cpu_ms"], 4) if "cpu_ms" in row else ""
-                writer.writerow(row)
-                f.flush()
-                print(f"{row['part']} {row['what']} n={row['n']} {row['slow']} {'compiled ' if row['compiled'] else ''}{row['way']}: {row['value']:.1f} {row['unit']}", flush=True)
-            for part, rows in (("act", act), ("train", train)):
-                if not args.parts or part in args.parts:
-                    rows(args, say)
+        def say(**row):
+            row = {"threads": 1, "torch": torch.__version__, "when": time.strftime("%Y-%m-%d"), **row}
+            row["value"], row["cpu_ms"] = round(row["value"], 3), round(row["cpu_ms"], 4) if "cpu_ms" in row else ""
+            append_rows(args.out, [row], FIELDS)
+            print(f"{row['part']} {row['what']} n={row['n']} {row['slow']} {'compiled ' if row['compiled'] else ''}{row['way']}: {row['value']:.1f} {row['unit']}", flush=True)
+        for part, rows in (("act", act), ("train", train)):
+            if not args.parts or part in args.parts:
+                rows(args, say)
     print(report(args.out))
 
 

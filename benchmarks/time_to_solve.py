@@ -146,6 +146,7 @@ def main():
         parser.error(f"unknown: {sorted(unknown)}; there are {list(ZOO)}")
     if not args.report:
         import fastrl_pipes.learner.stopwatch as stopwatch
+        from fastrl_pipes.learner.bench import append_rows
         if "sb3" in args.entrants and not (args.peers/"sb3"/"ready").exists():
             parser.error(f"sb3 is not in {args.peers}: `python benchmarks/peers.py sb3` installs it")
         have = {(r["algorithm"], r["entrant"], int(r["seed"]), float(r["goal"])) for r in read(args.out)}
@@ -156,13 +157,7 @@ def main():
                         continue
                     job = {"algorithm": algorithm, "entrant": entrant, "seed": seed, "goal": args.goal, "budget": args.budget, "stopwatch": stopwatch.__file__}
                     row = run(job, str(peers.python_of(args.peers.resolve()/"sb3")) if entrant == "sb3" else sys.executable)
-                    args.out.parent.mkdir(parents=True, exist_ok=True)
-                    new = not args.out.exists()
-                    with args.out.open("a", newline="", encoding="utf-8") as f:
-                        writer = csv.DictWriter(f, FIELDS, lineterminator="\n")
-                        if new:
-                            writer.writeheader()
-                        writer.writerow(row)
+                    append_rows(args.out, [row], FIELDS)
                     print(f"{algorithm} {entrant} seed {seed}: {row['seconds']:.1f} s, {row['env_steps']} steps, return {row['return']}", file=sys.stderr, flush=True)
     print(table(read(args.out)))
 

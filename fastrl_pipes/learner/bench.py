@@ -94,14 +94,15 @@ def rounds(
 # %% ../../nbs/learner/92_bench.ipynb #06c1c3e3
 def append_rows(
     path: str | Path,  # a CSV file, made where it is not there
-    rows: Sequence[dict[str, Any]],  # with `FIELDS`
+    rows: Sequence[dict[str, Any]],  # with these fields
+    fields: Sequence[str] = FIELDS,  # its columns
 ) -> None:
     "Write rows behind those of a file"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(f, fields, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(rows)
