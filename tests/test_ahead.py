@@ -526,20 +526,31 @@ def press(when):
     return thread
 
 
-@pytest.mark.parametrize("slow", [0.0, 0.2])
-def test_ctrl_c_saves_a_checkpoint_and_the_learner_goes_on(slow, tmp_path, capsys):
-    use = dict(env=partial(Sleepy, slow), nsteps=2, batches=10**9)
+def interrupted_and_loaded(use, tmp_path):
+    "A learner whose fit was interrupted, and another that has loaded its checkpoint"
     learner, other = ddpg(**use), ddpg(**use)
     learner.folder = tmp_path / "interrupted"
     thread = press(lambda: learner.recorder.batch > 3)
     assert learner.fit(1) == [] and learner.interrupted
     thread.join()
     other.load(learner.folder)
-    same(whole(other), whole(learner), "the checkpoint:")
+    return learner, other
+
+
+def go_on_alike(learner, other):
+    "Five batches more"
     learner.batches = other.batches = learner.batches_seen + 5
     assert len(learner.fit(1)) == 1
     other.fit(1)
     same(whole(learner), whole(other), "both go on alike:")
+
+
+@pytest.mark.parametrize("slow", [0.0, 0.2])
+def test_ctrl_c_saves_a_checkpoint_and_the_learner_goes_on(slow, tmp_path, capsys):
+    use = dict(env=partial(Sleepy, slow), nsteps=2, batches=10**9)
+    learner, other = interrupted_and_loaded(use, tmp_path)
+    same(whole(other), whole(learner), "the checkpoint:")
+    go_on_alike(learner, other)
 
 
 def test_an_interrupt_is_heard_while_an_item_is_awaited():
@@ -871,16 +882,8 @@ def test_an_interrupt_while_a_step_is_awaited_loses_nothing(monkeypatch):
 
 def test_ctrl_c_in_a_fit_on_double_buffers(tmp_path, capsys):
     use = dict(ahead=False, env="Pendulum-v1", n=2, double="workers", batches=10**9)
-    learner, other = ddpg(**use), ddpg(**use)
-    learner.folder = tmp_path / "interrupted"
-    thread = press(lambda: learner.recorder.batch > 3)
-    assert learner.fit(1) == [] and learner.interrupted
-    thread.join()
-    other.load(learner.folder)
-    learner.batches = other.batches = learner.batches_seen + 5
-    assert len(learner.fit(1)) == 1
-    other.fit(1)
-    same(whole(learner), whole(other), "both go on alike:")
+    learner, other = interrupted_and_loaded(use, tmp_path)
+    go_on_alike(learner, other)
     learner.close(), other.close()
 
 
