@@ -22,8 +22,8 @@ from .errors import check_number, message, suggest
 
 # %% auto #0
 __all__ = ['STEP_TYPES', 'map_leaves', 'leaves', 'copy_leaf', 'copied', 'take_rows', 'to_tensor', 'to_numpy', 'step_type',
-           'SimpleStep', 'MergedStep', 'SampledStep', 'default_device', 'mode_matters', 'evaluating', 'seed_everything',
-           'spawn_seed', 'denormals_flushed']
+           'SimpleStep', 'MergedStep', 'SampledStep', 'default_device', 'mode_matters', 'evaluating', 'NoGrad',
+           'seed_everything', 'spawn_seed', 'denormals_flushed']
 
 # %% ../nbs/01_core.ipynb #3516c009
 _LEAVES = (np.ndarray, torch.Tensor)
@@ -219,9 +219,9 @@ class SampledStep(MergedStep):
     @classmethod
     def of(cls, step: SimpleStep, **computed: Any) -> SampledStep:
         "A step with computed fields, which a plain step has no place for"
-        if isinstance(step, cls):
-            return step.replace(**computed)
-        return cls(**{n: getattr(step, n) for n in step.names()}).replace(**computed)
+        if not isinstance(step, cls):
+            step = cls(*step._values(step)) if step.FIELDS == cls.FIELDS[:len(step.FIELDS)] else cls(**{n: getattr(step, n) for n in step.names()})
+        return step.replace(**computed)
 
 # %% ../nbs/01_core.ipynb #110be55e
 def default_device() -> torch.device:
@@ -258,6 +258,18 @@ def evaluating(
         for modules in before:
             for m, training in modules:
                 m.training = training
+
+# %% ../nbs/01_core.ipynb #db0543bf
+class NoGrad:
+    "`torch.no_grad()` as a block of one owner: entered several times faster, not inside of itself"
+    __slots__ = ("_before",)
+
+    def __enter__(self) -> None:
+        self._before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+
+    def __exit__(self, *_: Any) -> None:
+        torch._C._set_grad_enabled(self._before)
 
 # %% ../nbs/01_core.ipynb #3b0867be
 def seed_everything(

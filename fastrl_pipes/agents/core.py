@@ -13,7 +13,7 @@ import torch
 from gymnasium import spaces
 from torch import nn
 
-from ..core import SimpleStep, evaluating, leaves, map_leaves, mode_matters, to_numpy, to_tensor
+from ..core import NoGrad, SimpleStep, evaluating, leaves, map_leaves, mode_matters, to_numpy, to_tensor
 from ..envs.spaces import action_map, action_size
 from ..errors import check_shape, message, shape_of
 from ..exploration.noise import Exploration
@@ -42,7 +42,7 @@ class SimpleModelRunner(Compiles, Stage):
         super().__init__(source, name)
         if not isinstance(model, nn.Module):
             raise TypeError(message(str(self), "model", f"is {shape_of(model)}", "an nn.Module"))
-        self.model = model
+        self.model, self._no_grad = model, NoGrad()
 
     def on_bind(self, context: Context) -> None:
         self.to(model_device(self.model))
@@ -59,10 +59,10 @@ class SimpleModelRunner(Compiles, Stage):
 
     def _run(self, state):
         if type(state) is np.ndarray or not any(isinstance(x, torch.Tensor) for x in _flat(state)):
-            with torch.inference_mode():
-                out = self._call(torch.from_numpy(state) if self._fits(state) else to_tensor(state, self._device, self._dtype))
+            with torch.inference_mode() if self._compiled is None else self._no_grad:
+                out = self._call(torch.from_numpy(state.astype(self._array_dtype, copy=False)) if self._is_plain(state) else to_tensor(state, self._device, self._dtype))
                 return out.numpy() if self._device is None else out.cpu().numpy()
-        with torch.no_grad():
+        with self._no_grad:
             return self._call(to_tensor(state, self._device, self._dtype))
 
     def _call(self, x):
@@ -90,9 +90,9 @@ class SimpleModelRunner(Compiles, Stage):
         "The network's answer as one graph"
         return CompiledCall(self.answer, self.modules(), drawing=self if isinstance(self, Draws) else None, **options)
 
-    def _fits(self, state):
-        "May the network take the array as it is?"
-        return self._device is None and type(state) is np.ndarray and state.dtype is self._array_dtype
+    def _is_plain(self, state):
+        "An array of floats for a network here: NumPy converts it sooner than torch"
+        return self._device is None and self._array_dtype is not None and type(state) is np.ndarray and state.dtype.kind == "f"
 
     def modules(self) -> dict[str, Any]:
         return {"model": self.model}

@@ -82,7 +82,7 @@ class Exploration(Stage):
         rows = len(action)
         if rows != self._rows:
             self._begin(item, action, rows)
-        elif is_step and item.step_n is not None and (self._stays_there or np.count_nonzero(item.step_n) < rows):
+        elif is_step and item.step_n is not None and (self._stays_there or (not item.step_n.item() if rows == 1 else np.count_nonzero(item.step_n) < rows)):
             self.forget(item.step_n[:, 0] == 0)
         explored = self._disturbed(action, rows)
         self._count(rows)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core import NoGrad
 from ..errors import check_number, message, shape_of
 from ..pipes.core import Fan
 
@@ -53,9 +54,9 @@ class BasicOptStepper(Fan):
         if grads is None:
             grads = self._gradients(loss)
         for p, g in zip(self.params, grads):
-            p.grad = g if self.do_zero_grad or p.grad is None else p.grad + g
+            p.grad = g if self.do_zero_grad else g.clone() if p.grad is None else p.grad + g
         self._step()
-        return () if self.filter else ({**item, "loss": loss.detach(), "stepped": True, "grads": None},)
+        return () if self.filter else ({**item, "loss": loss.detach() if loss.requires_grad else loss, "stepped": True, "grads": None},)
 
     def compile(self, **options: Any) -> None:
         "An optimizer whose kernel is called directly has nothing to gain; others step as before, with a warning"
@@ -138,10 +139,11 @@ class DirectStep:
     "The fused kernel of Adam, with lists of tensors that are put together once"
 
     def __init__(self):
-        self._lists: list[tuple] = []  # of each group: kernel, parameters, averages, averages of squares, counts, settings
+        self._lists: list[tuple] = []  # of each group: kernel, parameters, averages, averages of squares, counts, the same in one place, settings
         self._of: Any = None  # the state they are from
+        self._mark: Any = None  # the first tensor in it
+        self._no_grad = NoGrad()
 
-    @torch.no_grad()
     def __call__(
         self,
         opt: torch.optim.Optimizer,  # any
@@ -152,20 +154,30 @@ class DirectStep:
         grads = [[p.grad for p in params] for _, params, *_ in self._lists]
         if any(g is None for part in grads for g in part):
             return False
-        for (kernel, params, first, second, steps, group), part in zip(self._lists, grads):
-            torch._foreach_add_(steps, 1)
-            kernel(params, part, first, second, [], steps, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"],
-                   amsgrad=False, maximize=False, grad_scale=None, found_inf=None)
+        with self._no_grad:
+            for (kernel, params, first, second, steps, counts, group), part in zip(self._lists, grads):
+                for i in range(len(counts)):
+                    counts[i] += 1.0
+                kernel(params, part, first, second, [], steps, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"],
+                       amsgrad=False, maximize=False, grad_scale=None, found_inf=None)
         return True
 
     def _is_current(self, opt):
         "Are the tensors those that the optimizer has now? Loading makes a new state, another device other tensors"
-        return self._of is opt.state and all(opt.state[params[0]]["exp_avg"] is first[0] for _, params, first, *_ in self._lists)
+        return self._of is opt.state and len(self._lists) == len(opt.param_groups) and next(iter(opt.state.values()), {}).get("exp_avg") is self._mark
 
     def _gathered(self, opt):
         "Put the lists together; False where this optimizer cannot be stepped by them, or not yet"
         if not has_direct_step(opt) or any("step" not in opt.state.get(p, ()) for g in opt.param_groups for p in g["params"]):
             return False
-        self._of, kernel = opt.state, _KERNELS[type(opt)]
-        self._lists = [(kernel, ps := list(g["params"]), *([opt.state[p][k] for p in ps] for k in ("exp_avg", "exp_avg_sq", "step")), g) for g in opt.param_groups]
+        self._of, self._lists = opt.state, []
+        for group in opt.param_groups:
+            params = list(group["params"])
+            first, second, steps = ([opt.state[p][k] for p in params] for k in ("exp_avg", "exp_avg_sq", "step"))
+            together = torch.stack(steps)  # to count is one operation then, where it was one for each parameter; on a CPU it is none, because Python counts a few numbers faster than torch or NumPy adds
+            steps = list(together)
+            for p, step in zip(params, steps):
+                opt.state[p]["step"] = step
+            self._lists.append((_KERNELS[type(opt)], params, first, second, steps, memoryview(together.numpy()) if together.device.type == "cpu" else [together], group))
+        self._mark = next(iter(opt.state.values()))["exp_avg"]
         return True

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['ended_rows', 'EpisodeCollector', 'RollingTerminatedRewardCollector', 'BatchCollector', 'EpocherCollector',
-           'LossCollector']
+           'ScalarTrack', 'LossCollector']
 
 # %% ../../nbs/loggers/01_collectors.ipynb #a2509f7a
 def ended_rows(
@@ -244,9 +244,56 @@ class EpocherCollector(Stage):
         self.count = state["count"]
 
 # %% ../../nbs/loggers/01_collectors.ipynb #2cb9a740
+class ScalarTrack:
+    "The numbers of one title on their way to the recorder, and to a curve of their own"
+    EVERY = 16  # numbers kept before their sum goes on; a point of the curve
+
+    def __init__(
+        self,
+        title: str,  # the column in the recorder's rows
+    ):
+        self.title, self.curve, self._waiting = title, Curve(stride=self.EVERY), []
+
+    def add(
+        self,
+        value: torch.Tensor,  # one number, which nobody writes over
+        who: str,  # the pipe that got it
+        recorder: Any,  # or None
+    ) -> torch.Tensor:  # the number without history
+        "Keep a number. Raises ValueError for anything else"
+        if not isinstance(value, torch.Tensor) or value.dim() and value.numel() != 1:
+            raise ValueError(message(who, self.title, f"is {shape_of(value)}", "a tensor of one number", "take the mean first"))
+        if value.requires_grad:
+            value = value.detach()
+        self._waiting.append(value if not value.dim() else value.reshape(()))
+        if len(self._waiting) == self.EVERY:
+            self.flush(recorder)
+        return value
+
+    def flush(
+        self,
+        recorder: Any,  # or None
+    ) -> None:
+        "Hand the sum on, to both"
+        if count := len(self._waiting):
+            total = torch.stack(self._waiting).sum()
+            if recorder is not None:
+                recorder.record(self.title, total, count=count)
+            self.curve.add(total, count)
+            self._waiting.clear()
+
+    def get_state(self) -> dict[str, Any]:
+        "Live references"
+        return {"waiting": list(self._waiting), "curve": self.curve.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        "Continue from `state`"
+        self._waiting = list(state["waiting"])
+        self.curve.set_state(state["curve"])
+
+# %% ../../nbs/loggers/01_collectors.ipynb #fe192107
 class LossCollector(Fan):
     "Writes down `item['loss']` of the dictionaries that pass. Raises ValueError for a loss of more than one number"
-    EVERY = 16  # losses kept before their sum goes to the recorder
 
     def __init__(
         self,
@@ -258,7 +305,12 @@ class LossCollector(Fan):
     ):
         super().__init__(source, name)
         self.title, self.filter, self.main_buffers = title, filter, main_buffers
-        self.curve, self._recorder, self._waiting = Curve(stride=self.EVERY), None, []
+        self._track, self._recorder = ScalarTrack(title), None
+
+    @property
+    def curve(self) -> Curve:
+        "The history of the loss; what has come since the last 16 is not in it before `flush`"
+        return self._track.curve
 
     def on_bind(self, context: Context) -> None:
         self._recorder = context.recorder
@@ -269,29 +321,16 @@ class LossCollector(Fan):
     def forward(self, item: Any) -> tuple:
         "Write the loss down, and hand on unless filtering"
         if isinstance(item, dict) and "loss" in item:
-            self._add(item["loss"])
+            loss = self._track.add(item["loss"], str(self), self._recorder)
+            if self.main_buffers is not None:
+                self.main_buffers.append(loss.clone())
             if self.filter:
                 return ()
         return (item,)
 
-    def _add(self, loss):
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            raise ValueError(message(str(self), "loss", f"is {shape_of(loss)}", "a tensor of one number", "take the mean first"))
-        loss = loss.detach()
-        self._waiting.append(loss)
-        if len(self._waiting) == self.EVERY:
-            self.flush()
-        if self.main_buffers is not None:
-            self.main_buffers.append(loss.clone())
-
     def flush(self) -> None:
         "Hand the sum to the recorder and to the curve"
-        if count := len(self._waiting):
-            total = torch.stack([loss.reshape(()) for loss in self._waiting]).sum()
-            if self._recorder is not None:
-                self._recorder.record(self.title, total, count=count)
-            self.curve.add(total, count)
-            self._waiting.clear()
+        self._track.flush(self._recorder)
 
     def show(
         self,
@@ -310,12 +349,11 @@ class LossCollector(Fan):
         return () if self.filter and isinstance(item, dict) and "loss" in item else (item,)
 
     def restart(self) -> None:
-        self.curve, self._waiting = Curve(stride=self.EVERY), []
+        self._track = ScalarTrack(self.title)
 
     def get_own(self) -> dict[str, Any]:
-        return {**super().get_own(), "waiting": list(self._waiting), "curve": self.curve.get_state()}
+        return {**super().get_own(), "track": self._track.get_state()}
 
     def set_own(self, state: dict[str, Any]) -> None:
         super().set_own(state)
-        self._waiting = list(state["waiting"])
-        self.curve.set_state(state["curve"])
+        self._track.set_state(state["track"])

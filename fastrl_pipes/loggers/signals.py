@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..errors import message, shape_of
-from .plots import Curve, new_figure
+from .collectors import ScalarTrack
+from .plots import new_figure
 from ..pipes.core import Context, Stage
 
 if TYPE_CHECKING:
@@ -22,7 +20,6 @@ __all__ = ['SignalCollector']
 # %% ../../nbs/loggers/06_signals.ipynb #e6a5dd8c
 class SignalCollector(Stage):
     "Writes down the numbers in `item['signals']`, a column of the epoch's row for each"
-    STRIDE = 16  # updates that are one point of a curve
 
     def __init__(
         self,
@@ -30,10 +27,13 @@ class SignalCollector(Stage):
         name: str | None = None,  # see `Pipe`
     ):
         super().__init__(source, name)
-        self.curves: dict[str, Curve] = {}
+        self._tracks: dict[str, ScalarTrack] = {}
+        self._recorder = None
 
     def on_bind(self, context: Context) -> None:
         self._recorder = context.recorder
+        if self._recorder is not None:
+            self._recorder.before_read(self, self.flush)
 
     def forward(self, item: Any) -> Any:
         if isinstance(item, dict) and "signals" in item:
@@ -42,25 +42,26 @@ class SignalCollector(Stage):
         return item
 
     def _add(self, title, value):
-        if not isinstance(value, torch.Tensor) or value.numel() != 1:
-            raise ValueError(message(str(self), title, f"is {shape_of(value)}", "a tensor of one number", "take the mean first"))
-        value = value.detach()
-        if self._recorder is not None:
-            self._recorder.record(title, value)
-        if title not in self.curves:
-            self.curves[title] = Curve(stride=self.STRIDE)
-        self.curves[title].add(value.reshape(()), 1)
+        if title not in self._tracks:
+            self._tracks[title] = ScalarTrack(title)
+        self._tracks[title].add(value, str(self), self._recorder)
+
+    def flush(self) -> None:
+        "Hand the sums to the recorder and to the curves"
+        for track in self._tracks.values():
+            track.flush(self._recorder)
 
     def show(self) -> Figure:
         "Every signal so far, as a figure"
-        columns = min(3, max(1, len(self.curves)))
-        rows = -(-max(1, len(self.curves)) // columns)
+        self.flush()
+        columns = min(3, max(1, len(self._tracks)))
+        rows = -(-max(1, len(self._tracks)) // columns)
         figure = new_figure()
         figure.set_size_inches(4 * columns, 2.2 * rows)
         axes = figure.subplots(rows, columns, squeeze=False).flat
-        for ax, (title, curve) in zip(axes, self.curves.items()):
-            values = curve.values()
-            ax.plot([(i + 1) * curve.stride for i in range(len(values))], values, linewidth=1.2)
+        for ax, (title, track) in zip(axes, self._tracks.items()):
+            values = track.curve.values()
+            ax.plot([(i + 1) * track.curve.stride for i in range(len(values))], values, linewidth=1.2)
             ax.set_title(title, fontsize=9)
             ax.grid(alpha=0.3)
         for ax in list(axes):
@@ -69,12 +70,12 @@ class SignalCollector(Stage):
         return figure
 
     def restart(self) -> None:
-        self.curves = {}
+        self._tracks = {}
 
     def get_own(self) -> dict[str, Any]:
-        return {"curves": {title: curve.get_state() for title, curve in self.curves.items()}}
+        return {"tracks": {title: track.get_state() for title, track in self._tracks.items()}}
 
     def set_own(self, state: dict[str, Any]) -> None:
-        self.curves = {title: Curve(stride=self.STRIDE) for title in state["curves"]}
-        for title, curve in self.curves.items():
-            curve.set_state(state["curves"][title])
+        self._tracks = {title: ScalarTrack(title) for title in state["tracks"]}
+        for title, track in self._tracks.items():
+            track.set_state(state["tracks"][title])

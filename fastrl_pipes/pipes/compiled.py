@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core import SimpleStep, copied, map_leaves, mode_matters
+from ..core import NoGrad, SimpleStep, copied, map_leaves, mode_matters
 from ..errors import check_choice
 from .draws import Draws
 
@@ -33,12 +34,23 @@ def _addmm(bias, x, weight, *, beta=1, alpha=1):
     return (out if alpha == 1 else out * alpha) - (-bias if beta == 1 else bias * -beta)
 
 
-_DECOMPOSED = {_aten.addmm.default: _addmm, _aten.baddbmm.default: _addmm}
+def _product(x, weight):
+    """A sum or a product of vectors is a loop, which becomes part of the next. A narrow gradient of a weight is made the other way round: a library fills its registers along the second side"""
+    if x.shape[-1] == 1:
+        return x * weight
+    if weight.shape[-1] == 1 and x.shape[-2] > 1:
+        return (x * weight.mT).sum(-1, keepdim=True)
+    if x.stride(-1) != 1 and 4 * weight.shape[-1] < x.shape[-2]:
+        return (weight.mT @ x.mT).mT.contiguous()
+    return NotImplemented
+
+
+_DECOMPOSED = {_aten.addmm.default: _addmm, _aten.baddbmm.default: _addmm, _aten.mm.default: _product, _aten.bmm.default: _product}
 
 
 class _Graph(NamedTuple):
     "A compiled graph, and how to call it"
-    call: Callable  # (held, drawn, wanted) -> gradients, what the function returns, buffers
+    call: Callable  # [*held, *drawn, *wanted] -> gradients, what the function returns, buffers; it empties the list
     held: list[torch.Tensor]  # parameters and buffers that it is given
     likes: list[torch.Tensor]  # the numbers that the function draws, as tensors like them
     drawn: list[int]  # which of them the graph is given
@@ -79,6 +91,8 @@ class CompiledCall:
         self.fn, self.networks, self.stepped, self.drawing, self.options = fn, networks, stepped, drawing, options
         self.seconds = 0.0  # that tracing and compiling took
         self._graphs: dict[tuple, _Graph] = {}
+        self._modes, self._seen, self._latest = [], [], None  # of the last call: modes of the networks, the arguments' tensors, the graph
+        self._no_grad = NoGrad()
 
     def __call__(
         self,
@@ -87,7 +101,19 @@ class CompiledCall:
         "The compiled function. Tensors that come out are without autograd history"
         given: list[torch.Tensor] = []
         _tensors(args, given)
-        key = (*[(x.shape, x.stride(), x.dtype, x.device) for x in given], *[m.training for m in self.networks.values()])
+        graph = self._graph_for(args, given)
+        with self._no_grad:
+            rest = iter(self._out_of(graph, given))
+        grads = None if self.stepped is None else [next(rest) if u else None for u in graph.used]
+        found = map_leaves(lambda _: next(rest), graph.nest)
+        return found if grads is None else (grads, found)
+
+    def _graph_for(self, args, given):
+        "The graph of this signature. A batch that a sampler fills again and again is known by its tensors, which is asked sooner than all their shapes"
+        modes = [m.training for m in self.networks.values()]
+        if modes == self._modes and len(given) == len(self._seen) and all([s() is x for s, x in zip(self._seen, given)]):
+            return self._latest
+        key = (*[(x.shape, x.stride(), x.dtype, x.device) for x in given], *modes)
         if key not in self._graphs:
             try:
                 self._graphs[key] = self._made(args, given)
@@ -95,21 +121,13 @@ class CompiledCall:
                 if self.drawing is not None:
                     self.drawing.given = ()
                 raise NotCompiled(f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no reason given'}") from e
-        graph = self._graphs[key]
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                out = self._out_of(graph, given)
-        else:
-            out = self._out_of(graph, given)
-        rest = iter(out)
-        grads = None if self.stepped is None else [next(rest) if u else None for u in graph.used]
-        found = map_leaves(lambda _: next(rest), graph.nest)
-        return found if grads is None else (grads, found)
+        self._modes, self._seen, self._latest = modes, [weakref.ref(x) for x in given], self._graphs[key]
+        return self._latest
 
     def _out_of(self, graph, given):
         "What the graph makes of the arguments' tensors, and of numbers that are drawn now; buffers that it moves are written back"
         noise = [self.drawing.normal(x) for x in graph.likes]
-        out = graph.call(*graph.held, *[noise[i] for i in graph.drawn], *[given[i] for i in graph.wanted])
+        out = graph.call([*graph.held, *[noise[i] for i in graph.drawn], *[given[i] for i in graph.wanted]])
         if graph.moved:
             torch._foreach_copy_(graph.moved, out[-len(graph.moved):])
             out = out[:-len(graph.moved)]
@@ -157,11 +175,11 @@ class CompiledCall:
             graph = torch.fx.experimental.proxy_tensor.make_fx(pure, decomposition_table=_DECOMPOSED)(*example)
             needed = _without_unused(graph)
             example = [example[i] for i in needed]
-            compiled = graph if self.backend == "eager" else _compiler()(graph, example, options=self.options)
-            compiled(*example)
+            call = _unboxed(graph) if self.backend == "eager" else _compiled(graph, example, self.options)
+            call(list(example))
         self.seconds += time.perf_counter() - began
         n, m = len(held), len(held) + len(likes)
-        return _Graph(compiled, [held[i] for i in needed if i < n], likes, [i - n for i in needed if n <= i < m], [i - m for i in needed if i >= m], used, moved, shapes[-1])
+        return _Graph(call, [held[i] for i in needed if i < n], likes, [i - n for i in needed if n <= i < m], [i - m for i in needed if i >= m], used, moved, shapes[-1])
 
     def _watched(self, args, steps):
         "On which parameters does the loss depend, and which numbers are drawn? A loss has no gradient for the others, which is not the same as a gradient of zero"
@@ -188,13 +206,41 @@ def _tensors(x, found):
         found.append(x)
     elif isinstance(x, (tuple, list, dict, SimpleStep)):
         for v in x._values(x) if isinstance(x, SimpleStep) else x.values() if isinstance(x, dict) else x:
-            if v is not None:
+            if type(v) is torch.Tensor:
+                found.append(v)
+            elif v is not None:
                 _tensors(v, found)
 
 
-def _compiler():
-    from torch import _inductor  # heavy, and not always needed
-    return _inductor.compile
+_OPTIONS = {
+    "size_asserts": False, "alignment_asserts": False,  # `CompiledCall` has looked at shapes and strides
+    "unroll_reductions_threshold": 1,  # a sum over the axes of an action would become scalar code, logarithms and all
+}
+
+
+def _compiled(graph, example, options):
+    """The compiler behind `torch.compile`, and of what it makes the inside: the layers around it look after inputs that are changed and outputs that are inputs, of which a pure function has none.
+    Where the inside does not take and give the same, the layers stay"""
+    from torch._inductor import compile_fx, config  # heavy, and not always needed
+    made = []
+
+    def inner(module, inputs, **more):
+        found = compile_fx.compile_fx_inner(module, inputs, **more)
+        made.append((getattr(found, "current_callable", None), [(x.shape, x.dtype) for x in inputs if isinstance(x, torch.Tensor)]))
+        return found
+    with torch._functorch.config.patch(enable_autograd_cache=False):  # what comes from it has been through no `inner`; the graph itself is cached all the same
+        whole = compile_fx.compile_fx(graph, example, inner_compile=inner, config_patches={**{k: v for k, v in _OPTIONS.items() if hasattr(config, k)}, **options})
+    expected = whole(*example)
+    if len(made) == 1 and made[0][0] is not None and made[0][1] == [(x.shape, x.dtype) for x in example]:
+        found = made[0][0](list(example))
+        if len(found) == len(expected) and all(isinstance(f, torch.Tensor) and f.shape == e.shape for f, e in zip(found, expected)):
+            return made[0][0]
+    return _unboxed(whole)
+
+
+def _unboxed(call):
+    "A function of tensors as one of a list of them"
+    return lambda tensors: call(*tensors)
 
 
 def _without_unused(graph):
