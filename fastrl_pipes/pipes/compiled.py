@@ -93,6 +93,7 @@ class CompiledCall:
         self._graphs: dict[tuple, _Graph] = {}
         self._modes, self._seen, self._latest = [], [], None  # of the last call: modes of the networks, the arguments' tensors, the graph
         self._no_grad = NoGrad()
+        self._replayed = bool(options.get("triton.cudagraphs"))  # then each call writes over what the one before has given: gradients are used before, the rest is copied
 
     def __call__(
         self,
@@ -105,7 +106,7 @@ class CompiledCall:
         with self._no_grad:
             rest = iter(self._out_of(graph, given))
         grads = None if self.stepped is None else [next(rest) if u else None for u in graph.used]
-        found = map_leaves(lambda _: next(rest), graph.nest)
+        found = map_leaves(lambda _: next(rest).clone() if self._replayed else next(rest), graph.nest)
         return found if grads is None else (grads, found)
 
     def _graph_for(self, args, given):
@@ -127,6 +128,8 @@ class CompiledCall:
     def _out_of(self, graph, given):
         "What the graph makes of the arguments' tensors, and of numbers that are drawn now; buffers that it moves are written back"
         noise = [self.drawing.normal(x) for x in graph.likes]
+        if self._replayed:
+            torch.compiler.cudagraph_mark_step_begin()
         out = graph.call([*graph.held, *[noise[i] for i in graph.drawn], *[given[i] for i in graph.wanted]])
         if graph.moved:
             torch._foreach_copy_(graph.moved, out[-len(graph.moved):])
@@ -173,6 +176,7 @@ class CompiledCall:
         with torch.no_grad():
             example = [*[p.detach() for p in held], *[torch.zeros_like(x) for x in likes], *given]
             graph = torch.fx.experimental.proxy_tensor.make_fx(pure, decomposition_table=_DECOMPOSED)(*example)
+            _narrow_products(graph.graph)
             needed = _without_unused(graph)
             example = [example[i] for i in needed]
             call = _unboxed(graph) if self.backend == "eager" else _compiled(graph, example, self.options)
@@ -241,6 +245,38 @@ def _compiled(graph, example, options):
 def _unboxed(call):
     "A function of tensors as one of a list of them"
     return lambda tensors: call(*tensors)
+
+
+def _narrow_products(graph):
+    "Columns of a product are a product with columns. A policy's gradient through a critic is asked for those of the action; the state's need not be made"
+    graph.eliminate_dead_code()
+    for cut in graph.find_nodes(op="call_function", target=_aten.slice.Tensor):
+        path = [cut.args[0]]
+        while _keeps_columns(path[-1]) and len(path[-1].users) == 1:
+            path.append(path[-1].args[0])
+        *steps, product = path
+        if product.target not in (_aten.mm.default, _aten.bmm.default) or len(product.users) > 1 or cut.args[1] != len(_shape(cut)) - 1:
+            continue
+        with graph.inserting_before(cut):
+            weight = product.args[1]
+            new = graph.call_function(product.target, (product.args[0], graph.call_function(_aten.slice.Tensor, (weight, len(_shape(weight)) - 1, *cut.args[2:]))))
+            for step in reversed(steps):
+                more = ([*step.args[1][:-1], _shape(cut)[-1]],) if step.target is _aten.view.default else step.args[1:]
+                new = graph.call_function(step.target, (new, *more), step.kwargs)
+        cut.replace_all_uses_with(new)
+    graph.eliminate_dead_code()
+
+
+def _shape(node):
+    return node.meta["tensor_meta"].shape
+
+
+def _keeps_columns(node):
+    "Is it a sum over other axes, or another shape with the same last axis?"
+    if node.target is _aten.sum.dim_IntList:
+        axes = len(_shape(node.args[0]))
+        return all(d % axes != axes - 1 for d in node.args[1])
+    return node.target is _aten.view.default and _shape(node)[-1] == _shape(node.args[0])[-1]
 
 
 def _without_unused(graph):
