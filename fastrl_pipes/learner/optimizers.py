@@ -20,6 +20,9 @@ from ..pipes.core import Fan
 __all__ = ['BasicOptStepper', 'has_direct_step', 'DirectStep']
 
 # %% ../../nbs/learner/00_optimizers.ipynb #cb6d91a7
+_ENGINE = torch.autograd.Variable._execution_engine  # what `torch.autograd.grad` asks, after looking at what it was given for longer than a small layer takes
+
+
 class BasicOptStepper(Fan):
     "Steps `model` on a loss dictionary that is for it, or for nobody in particular; everything else passes"
 
@@ -44,16 +47,13 @@ class BasicOptStepper(Fan):
         if not self.params:
             raise ValueError(message(str(self), "model", f"is a {type(model).__name__} without parameters to train", "a network that learns",
                                      "is it a target network?"))
-        self.opt, self._direct = _fused(opt, self.params, lr), DirectStep()
+        self.opt, self._direct, self._inputs = _fused(opt, self.params, lr), DirectStep(), tuple(self.params)
 
     def forward(self, item: Any) -> tuple:
         if not isinstance(item, dict) or "loss" not in item or not self._is_for_me(item):
             return (item,)
         loss = item["loss"]
-        grads = item.get("grads")
-        if grads is None:
-            grads = self._gradients(loss)
-        for p, g in zip(self.params, grads):
+        for p, g in zip(self.params, item.get("grads") or self._gradients(loss)):
             p.grad = g if self.do_zero_grad else g.clone() if p.grad is None else p.grad + g
         self._step()
         return () if self.filter else ({**item, "loss": loss.detach() if loss.requires_grad else loss, "stepped": True, "grads": None},)
@@ -72,7 +72,9 @@ class BasicOptStepper(Fan):
 
     def _gradients(self, loss):
         try:
-            grads = torch.autograd.grad(loss, self.params, allow_unused=True)
+            if loss.numel() != 1:
+                raise RuntimeError("it is not one number")
+            grads = _ENGINE.run_backward((loss,), (torch.ones_like(loss),), False, False, self._inputs, allow_unreachable=True, accumulate_grad=False)
         except RuntimeError as e:
             raise self._refused(f"is {shape_of(loss)} and has no gradient ({str(e).splitlines()[0]})", "one number computed from the model's parameters") from e
         if all(g is None for g in grads):
