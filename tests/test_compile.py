@@ -19,13 +19,13 @@ from fastrl_pipes.cli import main
 from fastrl_pipes.core import SimpleStep, leaves
 from fastrl_pipes.agents.core import SimpleModelRunner
 from fastrl_pipes.learner.head import LearnerHead
-from fastrl_pipes.learner.optimizers import BasicOptStepper, has_direct_step
+from fastrl_pipes.learner.optimizers import BasicOptStepper, DirectStep, has_direct_step
 from fastrl_pipes.learner.registry import algorithm_names, get_algorithm
 from fastrl_pipes.learner.resume import load_run
 from fastrl_pipes.networks.actor_critic import Actor, Critic
 from fastrl_pipes.networks.ensemble import Critics, Value
 from fastrl_pipes.networks.policies import GaussianActor
-from fastrl_pipes.pipes.compiled import CompiledCall
+from fastrl_pipes.pipes.compiled import _DECOMPOSED, CompiledCall, _narrow_products
 from fastrl_pipes.pipes.core import snapshot
 from fastrl_pipes.pipes.draws import Draws
 from fastrl_pipes.pipes.graph import find_pipe, find_pipes
@@ -304,3 +304,91 @@ def test_another_width_of_batch_is_another_graph():
     for _ in range(3):
         learner.next()
     assert len(find_pipe(learner, SoftCriticLossProcessor)._compiled._graphs) == 2
+
+
+# --- what is done to a graph before it is compiled, and how it is called ------------------------------------------------
+SHAPES = [((5, 7), (7, 3)), ((5, 1), (1, 7)), ((5, 7), (7, 1)), ((1, 7), (7, 1)), ((1, 7), (7, 5)), ((1, 1), (1, 1)), ((2, 5, 7), (2, 7, 3)), ((2, 5, 1), (2, 1, 7)), ((2, 5, 7), (2, 7, 1)), ((2, 1, 7), (2, 7, 5))]
+
+
+@pytest.mark.parametrize(("left", "right"), SHAPES, ids=str)
+@pytest.mark.parametrize("turned", [False, True], ids=["as it is", "turned"])
+def test_a_product_that_is_taken_apart_is_the_same_product(left, right, turned):
+    from torch.fx.experimental.proxy_tensor import make_fx
+    x, w = torch.randn(left, dtype=torch.float64), torch.randn(right, dtype=torch.float64)
+    x = x.mT.contiguous().mT if turned else x
+    graph = make_fx(lambda x, w: x @ w, decomposition_table=_DECOMPOSED)(x, w)
+    torch.testing.assert_close(graph(x, w), x @ w, rtol=1e-12, atol=1e-12)
+
+
+def test_a_narrow_gradient_of_a_weight_is_contiguous_all_the_same():
+    from torch.fx.experimental.proxy_tensor import make_fx
+    g, x = torch.randn(64, 40, dtype=torch.float64), torch.randn(64, 3, dtype=torch.float64)
+    graph = make_fx(lambda g, x: g.mT @ x, decomposition_table=_DECOMPOSED)(g, x)
+    assert any(n.target is torch.ops.aten.clone.default for n in graph.graph.nodes), "otherwise the rule was not used"
+    assert graph(g, x).is_contiguous()
+    torch.testing.assert_close(graph(g, x), g.mT @ x, rtol=1e-12, atol=1e-12)
+
+
+CUTS = {
+    "columns": (lambda x, w: torch.mm(x[0], w[0])[:, 1:3], 2), "from the second on": (lambda x, w: torch.mm(x[0], w[0])[:, 1:], 3), "of a sum of replicas": (lambda x, w: torch.bmm(x, w).sum(0, keepdim=True).view(5, 4)[:, 2:], 2),
+    "rows": (lambda x, w: torch.mm(x[0], w[0])[1:3], 4), "a sum over columns": (lambda x, w: torch.bmm(x, w).sum(2)[:, 1:3], 4), "twice": (lambda x, w: (lambda y: y[:, 1:3] + y[:, :2])(torch.mm(x[0], w[0])), 4),
+    "another shape": (lambda x, w: torch.mm(x[0], w[0]).view(10, 2)[:, 1:], 4), "all": (lambda x, w: torch.mm(x[0], w[0])[:], 4),
+}
+
+
+@pytest.mark.parametrize(("fn", "width"), CUTS.values(), ids=CUTS)
+def test_columns_that_nobody_uses_are_not_made_and_all_others_are(fn, width):
+    from torch.fx.experimental.proxy_tensor import make_fx
+    x, w = torch.randn(2, 5, 7, dtype=torch.float64), torch.randn(2, 7, 4, dtype=torch.float64)
+    graph = make_fx(fn)(x, w)
+    _narrow_products(graph.graph)
+    graph.recompile()
+    torch.testing.assert_close(graph(x, w), fn(x, w), rtol=1e-12, atol=0)
+    widths = []
+
+    class Look(torch.fx.Interpreter):
+        def call_function(self, target, args, kwargs):
+            out = super().call_function(target, args, kwargs)
+            if target in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+                widths.append(out.shape[-1])
+            return out
+    Look(graph).run(x, w)
+    assert widths == [width]
+
+
+def test_the_inside_of_what_the_compiler_makes_is_called():
+    net = torch.nn.Linear(3, 2)
+    call = CompiledCall(lambda x: (net(x) ** 2).mean(), {"net": net}, net)
+    x = torch.randn(4, 3)
+    grads, loss = call(x)
+    (graph,) = call._graphs.values()
+    assert "_unboxed" not in graph.call.__qualname__, "the layers around it are back, which costs some 3% of an update"
+    torch.testing.assert_close((grads, loss), ([*torch.autograd.grad((net(x) ** 2).mean(), list(net.parameters()))], (net(x) ** 2).mean().detach()))
+    again = call(x)
+    assert torch.equal(again[1], loss) and again[1].data_ptr() != loss.data_ptr()
+    net.eval(), call(x), net.train(), call(torch.randn(4, 3)), call(torch.randn(5, 3))
+    assert len(call._graphs) == 3, "one for each mode and width, whichever came before"
+
+
+def test_a_direct_step_notices_that_the_state_is_another():
+    net = torch.nn.Linear(2, 2)
+    opt, direct = torch.optim.Adam(net.parameters(), fused=True), DirectStep()
+
+    def step():
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        done = direct(opt)
+        if not done:
+            opt.step()
+        return done
+    assert [step() for _ in range(3)] == [False, True, True]
+    assert all(s["step"] == 3 for s in opt.state.values())
+    opt.state.clear()
+    assert [step() for _ in range(2)] == [False, True] and all(s["step"] == 2 for s in opt.state.values())
+    more = torch.nn.Parameter(torch.zeros(2))
+    opt.add_param_group({"params": [more]})
+    more.grad = torch.ones(2)
+    assert [step() for _ in range(2)] == [False, True] and opt.state[more]["step"] == 2 and opt.state[net.weight]["step"] == 4
+    assert more.abs().min() > 0
+    opt.load_state_dict(opt.state_dict())
+    assert step() and opt.state[net.weight]["step"] == 5

@@ -35,7 +35,7 @@ def _addmm(bias, x, weight, *, beta=1, alpha=1):
 
 
 def _product(x, weight):
-    """A sum or a product of vectors is a loop, which becomes part of the next. A narrow gradient of a weight is made the other way round: a library fills its registers along the second side"""
+    "A sum or a product of vectors is a loop, which becomes part of the next. A narrow gradient of a weight is made the other way round: a library fills its registers along the second side"
     if x.shape[-1] == 1:
         return x * weight
     if weight.shape[-1] == 1 and x.shape[-2] > 1:
@@ -255,7 +255,7 @@ def _narrow_products(graph):
         while _keeps_columns(path[-1]) and len(path[-1].users) == 1:
             path.append(path[-1].args[0])
         *steps, product = path
-        if product.target not in (_aten.mm.default, _aten.bmm.default) or len(product.users) > 1 or cut.args[1] != len(_shape(cut)) - 1:
+        if product.target not in (_aten.mm.default, _aten.bmm.default) or len(product.users) > 1 or len(cut.args) < 3 or cut.args[1] != len(_shape(cut)) - 1:
             continue
         with graph.inserting_before(cut):
             weight = product.args[1]
