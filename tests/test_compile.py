@@ -318,6 +318,8 @@ def test_a_product_that_is_taken_apart_is_the_same_product(left, right, turned):
     x = x.mT.contiguous().mT if turned else x
     graph = make_fx(lambda x, w: x @ w, decomposition_table=_DECOMPOSED)(x, w)
     torch.testing.assert_close(graph(x, w), x @ w, rtol=1e-12, atol=1e-12)
+    left_to_the_library = any(n.target in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default) for n in graph.graph.nodes)
+    assert left_to_the_library == (left[-1] > 1 and (right[-1] > 1 or left[-2] == 1)), "vectors are loops"
 
 
 def test_a_narrow_gradient_of_a_weight_is_contiguous_all_the_same():
@@ -366,8 +368,15 @@ def test_the_inside_of_what_the_compiler_makes_is_called():
     torch.testing.assert_close((grads, loss), ([*torch.autograd.grad((net(x) ** 2).mean(), list(net.parameters()))], (net(x) ** 2).mean().detach()))
     again = call(x)
     assert torch.equal(again[1], loss) and again[1].data_ptr() != loss.data_ptr()
-    net.eval(), call(x), net.train(), call(torch.randn(4, 3)), call(torch.randn(5, 3))
-    assert len(call._graphs) == 3, "one for each mode and width, whichever came before"
+
+
+def test_a_graph_is_for_a_mode_and_a_width_whichever_came_before():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2, track_running_stats=False), torch.nn.Dropout(0.0))
+    call, x = CompiledCall(lambda x: net(x) + net.training, {"net": net}, backend="eager"), torch.randn(4, 3)
+    for mode, rows, graphs in ((True, x, 1), (True, x, 1), (False, x, 2), (True, x, 2), (True, torch.randn(5, 3), 3), (True, torch.randn(4, 3), 3), (True, x, 3)):
+        net.train(mode)
+        torch.testing.assert_close(call(rows), net(rows).detach() + mode)
+        assert len(call._graphs) == graphs
 
 
 def test_a_direct_step_notices_that_the_state_is_another():

@@ -166,6 +166,11 @@ def test_a_filter_swallows_dictionaries_only():
     assert pipe.curve.values() == [] and pipe.flush() is None and pipe.curve.values() == [2]
 
 
+def test_a_loss_of_several_numbers_is_named_as_in_the_dictionary():
+    with pytest.raises(ValueError, match=r"^q: 'loss' is .*\[2\]"):
+        list(LossCollector([{"loss": torch.zeros(2)}], title="critic", name="q"))
+
+
 @pytest.mark.parametrize("cut", [1, 7, 16, 33, 50])
 def test_losses_resume_at_any_item_to_the_bit(cut):
     values = torch.randn(64, generator=torch.Generator().manual_seed(1)).tolist()

@@ -34,6 +34,11 @@ def linear_epsilon(
 _ARRAYS = (np.ndarray, torch.Tensor)
 
 
+def _some_begin(step_n):
+    "Is any count of steps 0? A single number is read sooner than it is counted"
+    return not step_n.item() if step_n.size == 1 else np.count_nonzero(step_n) < step_n.size
+
+
 class Exploration(Stage):
     "Base: adds `epsilon * noise` to actions. A subclass defines `noise(rows)` and, where it has state, `forget(rows)`"
 
@@ -82,7 +87,7 @@ class Exploration(Stage):
         rows = len(action)
         if rows != self._rows:
             self._begin(item, action, rows)
-        elif is_step and item.step_n is not None and (self._stays_there or (not item.step_n.item() if rows == 1 else np.count_nonzero(item.step_n) < rows)):
+        elif is_step and item.step_n is not None and (self._stays_there or _some_begin(item.step_n)):
             self.forget(item.step_n[:, 0] == 0)
         explored = self._disturbed(action, rows)
         self._count(rows)
@@ -105,7 +110,7 @@ class Exploration(Stage):
                 self.forget(slice(None))
             first = int(item.env_id[0, 0])
             self.at = slice(first, first + rows)
-            if np.count_nonzero(item.step_n) < rows:
+            if _some_begin(item.step_n):
                 self.forget(np.flatnonzero(item.step_n[:, 0] == 0) + first)
             return
         if self._rows:

@@ -251,8 +251,9 @@ class ScalarTrack:
     def __init__(
         self,
         title: str,  # the column in the recorder's rows
+        field: str,  # what it is called where it comes from, for errors
     ):
-        self.title, self.curve, self._waiting = title, Curve(stride=self.EVERY), []
+        self.title, self.field, self.curve, self._waiting = title, field, Curve(stride=self.EVERY), []
 
     def add(
         self,
@@ -262,7 +263,7 @@ class ScalarTrack:
     ) -> torch.Tensor:  # the number without history
         "Keep a number. Raises ValueError for anything else"
         if not isinstance(value, torch.Tensor) or value.dim() and value.numel() != 1:
-            raise ValueError(message(who, self.title, f"is {shape_of(value)}", "a tensor of one number", "take the mean first"))
+            raise ValueError(message(who, self.field, f"is {shape_of(value)}", "a tensor of one number", "take the mean first"))
         if value.requires_grad:
             value = value.detach()
         self._waiting.append(value if not value.dim() else value.reshape(()))
@@ -305,7 +306,7 @@ class LossCollector(Fan):
     ):
         super().__init__(source, name)
         self.title, self.filter, self.main_buffers = title, filter, main_buffers
-        self._track, self._recorder = ScalarTrack(title), None
+        self._track, self._recorder = ScalarTrack(title, "loss"), None
 
     @property
     def curve(self) -> Curve:
@@ -349,7 +350,7 @@ class LossCollector(Fan):
         return () if self.filter and isinstance(item, dict) and "loss" in item else (item,)
 
     def restart(self) -> None:
-        self._track = ScalarTrack(self.title)
+        self._track = ScalarTrack(self.title, "loss")
 
     def get_own(self) -> dict[str, Any]:
         return {**super().get_own(), "track": self._track.get_state()}

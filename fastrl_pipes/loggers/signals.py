@@ -43,7 +43,7 @@ class SignalCollector(Stage):
 
     def _add(self, title, value):
         if title not in self._tracks:
-            self._tracks[title] = ScalarTrack(title)
+            self._tracks[title] = ScalarTrack(title, title)
         self._tracks[title].add(value, str(self), self._recorder)
 
     def flush(self) -> None:
@@ -76,6 +76,6 @@ class SignalCollector(Stage):
         return {"tracks": {title: track.get_state() for title, track in self._tracks.items()}}
 
     def set_own(self, state: dict[str, Any]) -> None:
-        self._tracks = {title: ScalarTrack(title) for title in state["tracks"]}
+        self._tracks = {title: ScalarTrack(title, title) for title in state["tracks"]}
         for title, track in self._tracks.items():
             track.set_state(state["tracks"][title])

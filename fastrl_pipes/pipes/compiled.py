@@ -91,7 +91,7 @@ class CompiledCall:
         self.fn, self.networks, self.stepped, self.drawing, self.options = fn, networks, stepped, drawing, options
         self.seconds = 0.0  # that tracing and compiling took
         self._graphs: dict[tuple, _Graph] = {}
-        self._modes, self._seen, self._latest = [], [], None  # of the last call: modes of the networks, the arguments' tensors, the graph
+        self._modes, self._seen, self._latest = None, [], None  # of the last call: modes of the networks, the arguments' tensors, the graph
         self._no_grad = NoGrad()
         self._replayed = bool(options.get("triton.cudagraphs"))  # then each call writes over what the one before has given: gradients are used before, the rest is copied
 
