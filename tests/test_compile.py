@@ -334,6 +334,7 @@ def test_a_narrow_gradient_of_a_weight_is_contiguous_all_the_same():
 CUTS = {
     "columns": (lambda x, w: torch.mm(x[0], w[0])[:, 1:3], 2), "from the second on": (lambda x, w: torch.mm(x[0], w[0])[:, 1:], 3), "of a sum of replicas": (lambda x, w: torch.bmm(x, w).sum(0, keepdim=True).view(5, 4)[:, 2:], 2),
     "rows": (lambda x, w: torch.mm(x[0], w[0])[1:3], 4), "a sum over columns": (lambda x, w: torch.bmm(x, w).sum(2)[:, 1:3], 4), "twice": (lambda x, w: (lambda y: y[:, 1:3] + y[:, :2])(torch.mm(x[0], w[0])), 4),
+    "of a sum that is wanted whole too": (lambda x, w: (lambda y: y[:, 1:3] + y.sum())(torch.bmm(x, w).sum(0)), 4),
     "another shape": (lambda x, w: torch.mm(x[0], w[0]).view(10, 2)[:, 1:], 4), "all": (lambda x, w: torch.mm(x[0], w[0])[:], 4),
 }
 

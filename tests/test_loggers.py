@@ -167,7 +167,7 @@ def test_a_filter_swallows_dictionaries_only():
 
 
 def test_a_loss_of_several_numbers_is_named_as_in_the_dictionary():
-    with pytest.raises(ValueError, match=r"^q: 'loss' is .*\[2\]"):
+    with pytest.raises(ValueError, match=r"^q: field 'loss' is .*\[2\]"):
         list(LossCollector([{"loss": torch.zeros(2)}], title="critic", name="q"))
 
 
