@@ -35,8 +35,9 @@ _ARRAYS = (np.ndarray, torch.Tensor)
 
 
 def _some_begin(step_n):
-    "Is any count of steps 0? A single number is read sooner than it is counted"
-    return not step_n.item() if step_n.size == 1 else np.count_nonzero(step_n) < step_n.size
+    "Is any count of steps [B, 1] 0? A single number is read sooner than it is counted"
+    rows = len(step_n)
+    return not step_n.item() if rows == 1 else np.count_nonzero(step_n) < rows
 
 
 class Exploration(Stage):
