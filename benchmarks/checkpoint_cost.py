@@ -24,7 +24,7 @@ import torch
 
 from fastrl_pipes.agents.ddpg import ddpg
 from fastrl_pipes.core import SimpleStep
-from fastrl_pipes.memory.experience_replay import ReplayMemory
+from fastrl_pipes.memory.replay_memory import ReplayMemory
 from fastrl_pipes.pipes.core import named_modules
 
 
@@ -92,7 +92,7 @@ def main():
         assert torch.equal(twin.rows, memory.rows)
         rows["load in place"].append(timed(lambda: fresh.load(checkpoint)))
         fresh.close()
-        del fresh, twin
+        fresh = twin = None  # their memory, before the next round
         shutil.rmtree(checkpoint), file.unlink()
     shutil.rmtree(where)
     print(f"{args.rows:,} rows, {memory.nbytes / 1e6:.0f} MB; seconds, median of {args.rounds} rounds (lowest to highest)")

@@ -26,10 +26,12 @@ import torch
 from report import report
 
 from fastrl_pipes.core import SimpleStep
-from fastrl_pipes.memory.experience_replay import ReplayMemory, ReplaySampler, ReplayWriter
+from fastrl_pipes.memory.experience_replay import ReplaySampler, ReplayWriter
+from fastrl_pipes.memory.replay_memory import ReplayMemory
 from fastrl_pipes.memory.prioritized import PrioritizedSampler
 from fastrl_pipes.memory.sumtree import SumTree
-from fastrl_pipes.pipes.core import Context, bind
+from fastrl_pipes.pipes.context import Context
+from fastrl_pipes.pipes.core import bind
 
 BS, STATE, ACTION = 256, 17, 6
 

@@ -6,138 +6,25 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import fastrl_pipes
 from .errors import WorkerError, message, suggest
-from .learner.registry import Algorithm, algorithm_names, get_algorithm
+from .learner.registry import algorithm_names
+from .learner.resolve import as_config, debug_setting, resolve
 from .learner.settings import Reader, UsageError, flag, settings_of
 
 # %% auto #0
-__all__ = ['NOT_KEPT', 'DEFAULT_ENV_STEPS', 'DEFAULT_EPOCHS', 'OUR_ERRORS', 'COMMANDS', 'merged', 'resolve', 'train', 'describe',
-           'flatten', 'play', 'report', 'bench', 'main']
-
-# %% ../nbs/90_cli.ipynb #5de3ba23
-def _of_a_command(
-    config: str | None = None,  # YAML file of settings; the command line wins over it
-    preset: str = "auto",  # settings by name; 'auto': those of the environment if there are any; 'none'
-    print_config: bool = False,  # print every setting as YAML, and do nothing else
-    debug: bool = False,  # show tracebacks
-): ...
-
-
-def _of_training(
-    out: str | None = None,  # the run's folder; default: runs/ALGORITHM-ENV-SEED
-    overwrite: bool = False,  # replace the run that is in the folder
-    resume: str | None = None,  # go on with the run in this folder, with its settings, up to its budget or a new one
-    threads: int = 1,  # of torch; small networks are fastest with one
-): ...
-
-
-NOT_KEPT = ("config", "print_config", "debug", "out", "overwrite", "resume")  # options that config.yaml does not hold
-DEFAULT_ENV_STEPS = 20_000  # the budget where neither the command line nor a file or preset has one
-DEFAULT_EPOCHS = 20  # the same for learning from data, where nothing is stepped
-
-# %% ../nbs/90_cli.ipynb #26fe693d
-def _algorithm_reader(algorithm, command):
-    "The reader of `train` or `describe` for one algorithm"
-    groups = {f"settings of {algorithm.name}": algorithm.settings}
-    if command == "train":
-        from fastrl_pipes.learner.run import train_run
-        groups["settings of the run"] = settings_of(train_run, skip=("learner", "folder", "say")) | settings_of(_of_training)
-    groups["where settings come from"] = settings_of(_of_a_command)
-    presets = f"presets: {', '.join(algorithm.presets) or 'none'}"
-    return Reader(f"fastrl_pipes {command} {algorithm.name}", groups, inspect.getdoc(algorithm.build) or "", presets)
-
-
-def merged(
-    *layers: dict[str, Any],  # name -> value; later ones win
-) -> dict[str, Any]:
-    "Layers of settings as one"
-    result: dict[str, Any] = {}
-    for layer in layers:
-        if layer.get("epochs") is not None:
-            result.pop("env_steps", None)
-        if layer.get("env_steps") is not None:
-            result.pop("epochs", None)
-        result |= layer
-    return result
-
-# %% ../nbs/90_cli.ipynb #cedc3031
-def _load_yaml(path):
-    "A mapping from a file. Raises UsageError"
-    import yaml
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise UsageError(f"fastrl_pipes: {path} cannot be read: {e}") from None
-    if not isinstance(values, dict):
-        raise UsageError(message("fastrl_pipes", str(path), f"holds a {type(values).__name__}", "a mapping of settings, one `name: value` a line"))
-    return values
-
-
-def _dump_yaml(values):
-    "Settings as YAML, in their order"
-    import yaml
-    plain = {k: list(v) if isinstance(v, tuple) else v if isinstance(v, (int, float, str, bool, list, dict, type(None))) else str(v)
-             for k, v in values.items()}
-    return yaml.safe_dump(plain, sort_keys=False)
-
-
-def _file_of(tokens):
-    "What the command line says about files before an algorithm is known: a run to resume, or a config"
-    for option in ("resume", "config"):
-        for i, token in enumerate(tokens):
-            if token == f"--{option}" and i + 1 < len(tokens) or token.startswith(f"--{option}="):
-                value = token.partition("=")[2] if "=" in token else tokens[i + 1]
-                return Path(value)/"config.yaml" if option == "resume" else Path(value)
-    return None
-
-# %% ../nbs/90_cli.ipynb #fc297a44
-def resolve(
-    command: str,  # 'train' or 'describe'
-    tokens: Sequence[str],  # the command line after the command
-) -> tuple[Algorithm, dict[str, Any]]:  # and every setting, by name
-    "Find the algorithm, and settle every setting. Raises UsageError"
-    tokens, path = list(tokens), _file_of(tokens)
-    file = {} if path is None else _load_yaml(path)
-    of_file = file.pop("algorithm", None)
-    name = tokens.pop(0) if tokens and not tokens[0].startswith("-") else of_file
-    if name is None:
-        raise UsageError(message(f"fastrl_pipes {command}", "algorithm", "is missing", f"one of {algorithm_names()}", f"`fastrl_pipes {command} ddpg --help` lists its settings"))
-    if of_file not in (None, name):
-        raise UsageError(message(f"fastrl_pipes {command}", "algorithm", f"is {name!r}", f"{of_file!r}, as {path} says"))
-    algorithm = get_algorithm(name)
-    reader = _algorithm_reader(algorithm, command)
-    wide = reader if command == "train" else _algorithm_reader(algorithm, "train")  # a run's file may be described, too
-    given, file = reader.args(tokens), wide.mapping(file, str(path))
-    if given.get("resume"):
-        if changed := [n for n in given if n in algorithm.settings and given[n] != file.get(n)]:
-            raise UsageError(message(reader.who, flag(changed[0]), f"is {given[changed[0]]!r}", "as in the run that is resumed", "a resumed run keeps its learner"))
-    preset_name, preset = _preset(algorithm, reader.who, merged(file, given)) if not given.get("resume") else (file.get("preset", "none"), {})
-    values = merged(reader.defaults(), wide.mapping(preset, f"preset {preset_name}"), file, given, {"preset": preset_name})
-    if missing := [s.name for s in reader.settings.values() if s.required and values[s.name] is None]:
-        raise UsageError(message(reader.who, flag(missing[0]), "is missing", reader.settings[missing[0]].help, f"for example {flag(missing[0])} Pendulum-v1" if missing[0] == "env" else ""))
-    return algorithm, {n: values.get(n) for n in reader.settings}
-
-
-def _preset(algorithm, who, values):
-    "Name and settings of the preset that applies"
-    name, env = values.get("preset", "auto"), values.get("env", algorithm.settings["env"].default)
-    if name == "auto":
-        name = env if env in algorithm.presets else "none"
-    if name != "none" and name not in algorithm.presets:
-        raise UsageError(message(who, "--preset", f"is {name!r}", f"one of {[*algorithm.presets, 'auto', 'none']}", suggest(str(name), algorithm.presets)))
-    return name, algorithm.presets.get(name, {}) if name != "none" else {}
+__all__ = ['DEFAULT_ENV_STEPS', 'DEFAULT_EPOCHS', 'OUR_ERRORS', 'COMMANDS', 'train', 'describe', 'flatten', 'play', 'report',
+           'bench', 'main']
 
 # %% ../nbs/90_cli.ipynb #49915f14
+DEFAULT_ENV_STEPS = 20_000  # the budget where neither the command line nor a file or preset has one
+DEFAULT_EPOCHS = 20  # the same for learning from data, where nothing is stepped
 OUR_ERRORS = (ValueError, TypeError, LookupError, WorkerError)
 
 
@@ -171,9 +58,9 @@ def train(
     if values["env_steps"] is not None and _from_data(algorithm, values):
         raise UsageError(message("fastrl_pipes train", "--env-steps", f"is {values['env_steps']}", "--epochs", f"{algorithm.name} learns from data here, and nothing is stepped"
                                  + ("; --online true acts in the environment, too" if "online" in values else "")))
-    kept = {"algorithm": algorithm.name} | {n: v for n, v in values.items() if n not in NOT_KEPT}
+    config = as_config(algorithm, values)
     if values["print_config"]:
-        print(_dump_yaml(kept), end="")
+        print(config, end="")
         return 0
     from fastrl_pipes.learner.run import RunFolder, train_run
     folder = RunFolder(values["resume"] or values["out"] or _default_out(algorithm, values))
@@ -189,7 +76,7 @@ def train(
         options |= _what_is_left(learner, values)
     else:
         folder.claim(values["overwrite"])
-    folder.write("config.yaml", f"# fastrl_pipes {fastrl_pipes.__version__}; `fastrl_pipes train --config FILE` repeats the run\n{_dump_yaml(kept)}")
+    folder.write("config.yaml", f"# fastrl_pipes {fastrl_pipes.__version__}; `fastrl_pipes train --config FILE` repeats the run\n{config}")
     print(f"\n{learner.describe()}\n", flush=True)
     if values["stop_at"] is not None:
         print(f"After every epoch {values['stop_episodes']} episodes without exploration; training stops when their mean is {values['stop_at']:g}. "
@@ -240,7 +127,7 @@ def describe(
     "Print a learner's stack"
     algorithm, values = resolve("describe", tokens)
     if values["print_config"]:
-        print(_dump_yaml({"algorithm": algorithm.name} | {n: v for n, v in values.items() if n not in NOT_KEPT}), end="")
+        print(as_config(algorithm, values), end="")
     else:
         print(_build(algorithm, values).describe())
     return 0
@@ -267,7 +154,7 @@ def play(
         raise UsageError(message("fastrl_pipes play", "run", "is missing", "the folder of a run", "for example runs/pendulum"))
     from fastrl_pipes.learner.run import RunFolder, play_run
     reader = Reader("fastrl_pipes play", {"settings": settings_of(play_run, skip=("learner", "env", "env_kwargs", "say")),
-                                          "other": {"debug": settings_of(_of_a_command)["debug"]}}, "Load a run, and let it play: fastrl_pipes play RUN")
+                                          "other": {"debug": debug_setting()}}, "Load a run, and let it play: fastrl_pipes play RUN")
     options = reader.args(tokens[1:] if not tokens[0].startswith("-") else tokens)
     folder = RunFolder(tokens[0])
     algorithm, values = resolve("train", ["--config", str(folder.require("config.yaml"))])
@@ -284,7 +171,7 @@ def report(
 ) -> int:  # exit code
     "Compare runs"
     from fastrl_pipes.learner.report import report_runs
-    reader = Reader("fastrl_pipes report", {"settings": settings_of(report_runs, skip=("runs",)), "other": {"debug": settings_of(_of_a_command)["debug"]}},
+    reader = Reader("fastrl_pipes report", {"settings": settings_of(report_runs, skip=("runs",)), "other": {"debug": debug_setting()}},
                     "Compare runs: fastrl_pipes report RUN [RUN ...]. Runs that differ in their seed alone are a group; its mean, interquartile mean and median are over their "
                     "verdicts, its intervals are bootstrapped. A run that is not finished is named and left out.")
     runs, options = _folders(tokens)
@@ -318,7 +205,7 @@ def bench(
 ) -> int:  # exit code
     "Compare training speed with another library"
     from fastrl_pipes.learner.bench import bench_pair
-    reader = Reader("fastrl_pipes bench", {"settings": settings_of(bench_pair, skip=("say",)), "other": {"debug": settings_of(_of_a_command)["debug"]}},
+    reader = Reader("fastrl_pipes bench", {"settings": settings_of(bench_pair, skip=("say",)), "other": {"debug": debug_setting()}},
                     "Training speed on this machine, beside Stable-Baselines3 (sb3), SBX (sbx) or a plain loop (plain): fastrl_pipes bench --against sb3")
     options = reader.args(tokens)
     options.pop("debug", None)

@@ -43,7 +43,8 @@ from fastrl_pipes.loggers.collectors import BatchCollector, EpisodeCollector, Ep
 from fastrl_pipes.loggers.video import VideoCollector
 from fastrl_pipes.memory.dataset import DatasetSteps
 from fastrl_pipes.memory.episodes import EpisodeWriter
-from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayMemory, ReplaySampler, ReplayWriter
+from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplaySampler, ReplayWriter
+from fastrl_pipes.memory.replay_memory import ReplayMemory
 from fastrl_pipes.memory.hindsight import HindsightReplay
 from fastrl_pipes.memory.offline import MixedReplay, OfflineReplay
 from fastrl_pipes.memory.prioritized import PrioritizedReplay, PrioritizedSampler
@@ -54,7 +55,8 @@ from fastrl_pipes.networks.targets import target_of
 from fastrl_pipes.networks.temperature import Temperature
 from fastrl_pipes.pipes.batch import StepBatcher
 from fastrl_pipes.pipes.control import Every, Inlet, Repeat, Take
-from fastrl_pipes.pipes.core import BaseNode, Context, Fan, Foreign, IterableSource, Pipe, Stage, bind
+from fastrl_pipes.pipes.context import Context
+from fastrl_pipes.pipes.core import BaseNode, Fan, Foreign, IterableSource, Pipe, Stage, bind
 from fastrl_pipes.pipes.graph import find_pipe
 from fastrl_pipes.pipes.nstep import FirstLastMerger, NSkipper, NStepFlattener, NStepper
 from fastrl_pipes.pipes.prefetch import Prefetcher

@@ -158,7 +158,7 @@ def test_the_limit_counts_each_product_and_each_environment(monkeypatch):
 
 def test_a_replay_is_filled_with_rows_that_it_has():
     from fastrl_pipes.core import SimpleStep
-    from fastrl_pipes.memory.experience_replay import ReplayMemory
+    from fastrl_pipes.memory.replay_memory import ReplayMemory
     memory, rows = ReplayMemory(50), np.arange(8, dtype=np.float32)[:, None]
     memory.write(SimpleStep(state=rows, action=rows, next_state=rows + 1, reward=rows, terminated=rows > 9, truncated=rows > 9))
     ours_filled.fill(memory)

@@ -11,7 +11,8 @@ import pytest
 import yaml
 from fake_algorithm import BUILT
 
-from fastrl_pipes.cli import main, resolve
+from fastrl_pipes.cli import main
+from fastrl_pipes.learner.resolve import resolve
 from fastrl_pipes.learner.settings import UsageError
 from fastrl_pipes.loggers.sinks import read_rows
 

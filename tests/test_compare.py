@@ -20,12 +20,8 @@ from fastrl_pipes.loggers.collectors import (
     EpisodeCollector,
     LossCollector,
 )
-from fastrl_pipes.memory.experience_replay import (
-    ExperienceReplay,
-    ReplayMemory,
-    ReplaySampler,
-    ReplayWriter,
-)
+from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplaySampler, ReplayWriter
+from fastrl_pipes.memory.replay_memory import ReplayMemory
 from fastrl_pipes.networks.actor_critic import Actor, Critic
 from fastrl_pipes.pipes.compare import diff, replace
 from fastrl_pipes.pipes.control import Every, Repeat

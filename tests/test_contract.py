@@ -52,11 +52,12 @@ from fastrl_pipes.learner.checkpoint import from_plain, to_plain
 from fastrl_pipes.learner.optimizers import BasicOptStepper
 from fastrl_pipes.loggers.collectors import BatchCollector, LossCollector
 from fastrl_pipes.loggers.recorder import Recorder
-from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayMemory
+from fastrl_pipes.memory.experience_replay import ExperienceReplay
+from fastrl_pipes.memory.replay_memory import ReplayMemory
 from fastrl_pipes.pipes.control import Every, Inlet
+from fastrl_pipes.pipes.context import Context
 from fastrl_pipes.pipes.core import (
     BaseNode,
-    Context,
     Fan,
     Foreign,
     IterableSource,

@@ -42,14 +42,16 @@ from fastrl_pipes.learner.head import LearnerHead  # noqa: E402
 from fastrl_pipes.learner.optimizers import BasicOptStepper  # noqa: E402
 from fastrl_pipes.memory.dataset import DatasetSteps, Episodes, memory_from_dataset, policy_units  # noqa: E402
 from fastrl_pipes.memory.dataset_files import open_dataset  # noqa: E402
-from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayMemory, ReplayWriter  # noqa: E402
+from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayWriter  # noqa: E402
+from fastrl_pipes.memory.replay_memory import ReplayMemory  # noqa: E402
 from fastrl_pipes.memory.growing import FORMATS, GrowingDataset  # noqa: E402
 from fastrl_pipes.memory.offline import MixedReplay, OfflineReplay  # noqa: E402
 from fastrl_pipes.memory.scores import normalized_score  # noqa: E402
 from fastrl_pipes.networks.actor_critic import Actor, Critic  # noqa: E402
 from fastrl_pipes.networks.targets import target_of  # noqa: E402
 from fastrl_pipes.pipes.control import Inlet  # noqa: E402
-from fastrl_pipes.pipes.core import Context, Stage, bind, named_modules, snapshot, traverse  # noqa: E402
+from fastrl_pipes.pipes.context import Context  # noqa: E402
+from fastrl_pipes.pipes.core import Stage, bind, named_modules, snapshot, traverse  # noqa: E402
 from fastrl_pipes.pipes.graph import find_pipe  # noqa: E402
 from fastrl_pipes.pipes.nstep import FirstLastMerger, NSkipper, NStepper  # noqa: E402
 from fastrl_pipes.processors.dpg import ActorLossProcessor, CriticLossProcessor  # noqa: E402

@@ -37,7 +37,8 @@ from fastrl_pipes.networks.policies import GaussianActor
 from fastrl_pipes.networks.targets import target_of
 from fastrl_pipes.networks.temperature import Temperature
 from fastrl_pipes.pipes.control import Every, Inlet
-from fastrl_pipes.pipes.core import Context, Stage
+from fastrl_pipes.pipes.context import Context
+from fastrl_pipes.pipes.core import Stage
 from fastrl_pipes.pipes.graph import find_pipes
 from fastrl_pipes.processors.entropy import SoftActorLossProcessor, SoftCriticLossProcessor, TemperatureLossProcessor
 from fastrl_pipes.processors.imitation import CloningLossProcessor

@@ -21,12 +21,14 @@ from fastrl_pipes.envs.stepper import GymStepper
 from fastrl_pipes.errors import CheckpointError, WorkerError
 from fastrl_pipes.learner.flatten import flatten
 from fastrl_pipes.memory.episodes import EpisodeIndex, EpisodeWriter
-from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayMemory, ReplayWriter
+from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayWriter
+from fastrl_pipes.memory.replay_memory import ReplayMemory
 from fastrl_pipes.memory.hindsight import STRATEGIES, HindsightReplay
 from fastrl_pipes.networks.goals import GoalConditioned
 from fastrl_pipes.pipes.batch import StepBatcher
 from fastrl_pipes.pipes.compare import replace
-from fastrl_pipes.pipes.core import Context, bind, snapshot
+from fastrl_pipes.pipes.context import Context
+from fastrl_pipes.pipes.core import bind, snapshot
 from fastrl_pipes.pipes.graph import find_pipe, find_pipes
 from fastrl_pipes.pipes.nstep import FirstLastMerger, NSkipper, NStepFlattener, NStepper
 

@@ -8,7 +8,7 @@ import torch
 from reference_iql import PlainIQL, Policy, mlp
 
 from fastrl_pipes.agents.bc import BCAgent, BCLearner
-from fastrl_pipes.agents.iql import EpsilonPolicyRunner, IQLAgent, IQLLearner, go_online, iql
+from fastrl_pipes.agents.iql import EpsilonPolicyRunner, IQLAgent, IQLLearner, iql
 from fastrl_pipes.cli import DEFAULT_EPOCHS, main
 from fastrl_pipes.core import MergedStep, SampledStep, SimpleStep, copied
 from fastrl_pipes.envs.debug import Goal
@@ -17,16 +17,19 @@ from fastrl_pipes.errors import CheckpointError
 from fastrl_pipes.learner.handover import take_over
 from fastrl_pipes.learner.head import LearnerHead
 from fastrl_pipes.learner.joint import JointOptStepper
+from fastrl_pipes.learner.offline import go_online
 from fastrl_pipes.learner.optimizers import BasicOptStepper
 from fastrl_pipes.learner.resume import load_run
 from fastrl_pipes.loggers.sinks import read_rows
-from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayMemory, ReplayWriter
+from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayWriter
+from fastrl_pipes.memory.replay_memory import ReplayMemory
 from fastrl_pipes.memory.offline import MixedReplay, OfflineReplay
 from fastrl_pipes.networks.actor_critic import Actor
 from fastrl_pipes.networks.ensemble import Critics, Value
 from fastrl_pipes.networks.policies import GaussianActor
 from fastrl_pipes.pipes.compare import diff
-from fastrl_pipes.pipes.core import Context, IterableSource, bind
+from fastrl_pipes.pipes.context import Context
+from fastrl_pipes.pipes.core import IterableSource, bind
 from fastrl_pipes.pipes.graph import find_pipe, find_pipes
 from fastrl_pipes.pipes.nstep import FirstLastMerger, NStepper
 from fastrl_pipes.processors.imitation import CloningLossProcessor

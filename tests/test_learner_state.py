@@ -29,7 +29,8 @@ from fastrl_pipes.learner.checkpoint import load_checkpoint, save_checkpoint, to
 from fastrl_pipes.learner.optimizers import BasicOptStepper
 from fastrl_pipes.loggers.collectors import BatchCollector, EpisodeCollector
 from fastrl_pipes.loggers.recorder import Logger
-from fastrl_pipes.memory.experience_replay import ReplayMemory, ReplaySampler
+from fastrl_pipes.memory.experience_replay import ReplaySampler
+from fastrl_pipes.memory.replay_memory import ReplayMemory
 from fastrl_pipes.networks.actor_critic import Actor, Critic
 from fastrl_pipes.networks.targets import target_of
 from fastrl_pipes.pipes.core import bind, named_modules, snapshot

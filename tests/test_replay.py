@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from fastrl_pipes.core import MergedStep, SimpleStep
-from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayMemory, ReplaySampler, ReplayWriter
+from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplaySampler, ReplayWriter
+from fastrl_pipes.memory.replay_memory import ReplayMemory
 from fastrl_pipes.memory.rows import RowLayout
-from fastrl_pipes.pipes.core import Context, bind
+from fastrl_pipes.pipes.context import Context
+from fastrl_pipes.pipes.core import bind
 
 
 def half_cheetah(rows=1, at=0):

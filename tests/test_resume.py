@@ -31,7 +31,8 @@ from fastrl_pipes.learner.optimizers import BasicOptStepper
 from fastrl_pipes.learner.resume import global_generators, load_run, run_state
 from fastrl_pipes.learner.stacks import with_collectors
 from fastrl_pipes.loggers.collectors import BatchCollector
-from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayMemory
+from fastrl_pipes.memory.experience_replay import ExperienceReplay
+from fastrl_pipes.memory.replay_memory import ReplayMemory
 from fastrl_pipes.pipes.core import Stage, named_modules
 from fastrl_pipes.pipes.nstep import FirstLastMerger, NStepper
 from fastrl_pipes.processors.dpg import CriticLossProcessor

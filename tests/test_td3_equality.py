@@ -36,7 +36,8 @@ from fastrl_pipes.learner.optimizers import BasicOptStepper
 from fastrl_pipes.networks.actor_critic import Actor
 from fastrl_pipes.networks.targets import target_of
 from fastrl_pipes.pipes.control import Every
-from fastrl_pipes.pipes.core import Context, bind
+from fastrl_pipes.pipes.context import Context
+from fastrl_pipes.pipes.core import bind
 from fastrl_pipes.pipes.graph import find_pipe
 from fastrl_pipes.processors import dpg
 from fastrl_pipes.processors.dpg import ActorLossProcessor, CriticLossProcessor

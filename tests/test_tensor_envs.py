@@ -29,7 +29,8 @@ from fastrl_pipes.envs.tensor_stepper import TensorStepper
 from fastrl_pipes.errors import CheckpointError
 from fastrl_pipes.exploration.noise import OrnsteinUhlenbeck
 from fastrl_pipes.learner.flatten import flatten
-from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayMemory, ReplayWriter
+from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayWriter
+from fastrl_pipes.memory.replay_memory import ReplayMemory
 from fastrl_pipes.memory.hindsight import HindsightReplay
 from fastrl_pipes.memory.offline import MixedReplay
 from fastrl_pipes.memory.prioritized import PrioritizedReplay
@@ -37,7 +38,8 @@ from fastrl_pipes.networks.actor_critic import Actor, Critic
 from fastrl_pipes.networks.ensemble import Critics, Value
 from fastrl_pipes.networks.policies import GaussianActor
 from fastrl_pipes.pipes.control import Inlet
-from fastrl_pipes.pipes.core import Context, bind, snapshot
+from fastrl_pipes.pipes.context import Context
+from fastrl_pipes.pipes.core import bind, snapshot
 from fastrl_pipes.pipes.graph import find_pipe, find_pipes
 from fastrl_pipes.pipes.nstep import NSkipper
 

@@ -24,11 +24,13 @@ from fastrl_pipes.envs.stepper import GymStepper
 from fastrl_pipes.exploration.noise import Exploration, GaussianNoise, OrnsteinUhlenbeck
 from fastrl_pipes.learner import compose
 from fastrl_pipes.learner.head import LearnerHead
-from fastrl_pipes.memory.experience_replay import ReplayMemory, ReplayWriter
+from fastrl_pipes.memory.experience_replay import ReplayWriter
+from fastrl_pipes.memory.replay_memory import ReplayMemory
 from fastrl_pipes.networks.actor_critic import Actor, Critic
 from fastrl_pipes.pipes import nstep
 from fastrl_pipes.pipes.control import Inlet
-from fastrl_pipes.pipes.core import Context, bind
+from fastrl_pipes.pipes.context import Context
+from fastrl_pipes.pipes.core import bind
 from fastrl_pipes.pipes.graph import find_pipe
 from fastrl_pipes.pipes.nstep import FirstLastMerger, NSkipper, NStepper
 from fastrl_pipes.processors.dpg import ActorLossProcessor, CriticLossProcessor

@@ -6,7 +6,8 @@ from matplotlib.figure import Figure
 
 from fastrl_pipes.core import SimpleStep
 from fastrl_pipes.envs.stepper import GymStepper
-from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayMemory, ReplaySampler
+from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplaySampler
+from fastrl_pipes.memory.replay_memory import ReplayMemory
 from fastrl_pipes.memory.viewer import ReplayViewer, show_memory
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from fastrl_pipes.learner.bench_ours import about, built  # noqa: F401
-from fastrl_pipes.memory.experience_replay import ReplayMemory, ReplayWriter
+from fastrl_pipes.memory.experience_replay import ReplayWriter
+from fastrl_pipes.memory.replay_memory import ReplayMemory
 from fastrl_pipes.pipes.graph import find_pipes
 
 

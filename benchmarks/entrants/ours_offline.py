@@ -9,7 +9,7 @@ import fastrl_pipes
 from fastrl_pipes.agents.iql import IQLLearner
 from fastrl_pipes.core import SimpleStep, seed_everything
 from fastrl_pipes.learner.bench_ours import compiled
-from fastrl_pipes.memory.experience_replay import ReplayMemory
+from fastrl_pipes.memory.replay_memory import ReplayMemory
 from fastrl_pipes.memory.offline import OfflineReplay
 from fastrl_pipes.networks.ensemble import Critics, Value
 from fastrl_pipes.networks.policies import GaussianActor

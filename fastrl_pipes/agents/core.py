@@ -21,7 +21,8 @@ from ..networks.calls import argument_names, call_model, call_policy, model_devi
 from ..networks.contracts import buffers_kept, check_model, check_policy
 from ..pipes.compiled import CompiledCall, Compiles, NotCompiled
 from ..pipes.control import Inlet
-from ..pipes.core import Context, Pipe, Stage, traverse
+from ..pipes.context import Context
+from ..pipes.core import Pipe, Stage, traverse
 from ..pipes.draws import Draws
 from ..pipes.graph import find_pipe, find_pipes
 

@@ -21,7 +21,7 @@ from ..learner.compose import finished_learner, known_arguments, sizes_of
 from ..learner.handover import take_over
 from ..learner.head import LearnerHead
 from ..learner.joint import JointOptStepper
-from ..learner.offline import batches_of, go_online
+from ..learner.offline import batches_of
 from ..learner.optimizers import BasicOptStepper
 from ..learner.registry import register_algorithm
 from ..loggers.collectors import LossCollector

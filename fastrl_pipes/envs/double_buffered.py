@@ -18,7 +18,7 @@ from .rows import EnvBackend
 from .stepper import GymStepper
 from .workers import Workers, usable_cpus
 from ..errors import CheckpointError, WorkerError, check_choice, check_number, message, shape_of
-from ..pipes.core import Context
+from ..pipes.context import Context
 
 # %% auto #0
 __all__ = ['Halves', 'DoubleBufferedStepper']

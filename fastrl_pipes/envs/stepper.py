@@ -18,7 +18,8 @@ from .backends import make_another, make_backend
 from .rows import env_method
 from .spaces import action_map, action_size, random_actions
 from ..errors import check_number, check_shape, message, shape_of
-from ..pipes.core import Context, Pipe
+from ..pipes.context import Context
+from ..pipes.core import Pipe
 
 # %% auto #0
 __all__ = ['GymStepper', 'synthetic']

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from ..core import copied, leaves, map_leaves, spawn_seed
+from ..core import leaves, map_leaves, spawn_seed
 from .rows import ANEW, OBSERVED, STEPPED, EnvBackend
 from .spaces import check_action_space, check_observation_space
 from ..errors import CheckpointError, check_number, check_shape, message, shape_of

@@ -15,7 +15,7 @@ from .spaces import action_map, action_size, random_actions
 from .stepper import GymStepper
 from .tensor_envs import TensorEnvs
 from ..errors import check_number, check_shape, message, shape_of
-from ..pipes.core import Context
+from ..pipes.context import Context
 from ..pipes.draws import generator_on
 
 # %% auto #0

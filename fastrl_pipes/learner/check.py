@@ -21,7 +21,8 @@ from ..envs.visit import visit_environments
 from ..errors import check_shape, message, shape_of
 from .optimizers import BasicOptStepper
 from ..loggers.collectors import EpisodeCollector, RollingTerminatedRewardCollector
-from ..pipes.core import Context, Fan, IterableSource, Pipe, Stage, named_pipes
+from ..pipes.context import Context
+from ..pipes.core import Fan, IterableSource, Pipe, Stage, named_pipes
 from ..pipes.graph import Flow, find_pipes, in_words
 
 # %% auto #0

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from ..core import STEP_TYPES, SimpleStep
 from ..errors import CheckpointError, message
-from ..memory.experience_replay import ReplayMemory
+from ..memory.replay_memory import ReplayMemory
 from ..memory.segments import file_sum, open_plain, save_rows
 
 # %% auto #0

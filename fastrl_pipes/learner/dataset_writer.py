@@ -24,7 +24,8 @@ from ..memory.dataset_files import dataset_folder
 from ..memory.growing import ABOUT, FORMATS, GrowingDataset
 from ..memory.recording import Recording
 from ..memory.scores import reference_scores
-from ..pipes.core import Context, Stage
+from ..pipes.context import Context
+from ..pipes.core import Stage
 from ..pipes.graph import find_pipes
 
 # %% auto #0

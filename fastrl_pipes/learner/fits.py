@@ -13,7 +13,7 @@ import torch
 from ..core import SimpleStep
 from ..errors import CheckpointError, message, shape_of
 from ..loggers.recorder import HOWS
-from ..memory.experience_replay import ReplayMemory
+from ..memory.replay_memory import ReplayMemory
 
 # %% auto #0
 __all__ = ['check_fits']

@@ -6,11 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +17,17 @@ from torch import nn
 from ..core import SimpleStep, denormals_flushed
 from ..envs.episodes import EpisodeStepper, episode_returns
 from ..envs.stepper import GymStepper
-from ..errors import Interrupted, check_number, message
+from ..errors import check_number, message
 from .check import check_stack
 from .keeper import Keeper
+from .loop import FitLoop
 from .resume import load_run_into, save_run
 from .film import film, films
 from .profile import Profile, profile
 from ..loggers.recorder import Logger, Recorder
-from ..memory.experience_replay import ReplaySampler
 from ..networks.calls import model_device, model_dtype
-from ..pipes.core import Context, Pipe, bind, named_modules, named_pipes, traverse
+from ..pipes.context import Context
+from ..pipes.core import Pipe, bind, named_modules, named_pipes, traverse
 from ..pipes.graph import Flow, describe, find_pipes, mermaid, pipe_to_device
 from ..pipes.guards import guard
 
@@ -64,7 +61,7 @@ class LearnerHead(Pipe):
         self.interrupted = False  # did Ctrl-C end the latest fit?
         self.compiled = False  # does it work with compiled graphs? See `compile`
         self.built_by: tuple | None = None  # name and settings of the registered builder that made it
-        self._done = self._pulled = 0
+        self.done = self.pulled = 0
         networks = [m for m in named_modules(self).values() if isinstance(m, nn.Module)]
         if device is not None:
             pipe_to_device(self, device)
@@ -183,107 +180,7 @@ class LearnerHead(Pipe):
         if not self.started:
             self.start()
         keeper.plan()
-        self.recorder.start()
-        return self._fit(epochs, env_steps, stop, keeper)
-
-    def _fit(self, epochs, env_steps, stop, keeper):
-        rows: list[dict[str, float]] = []
-        until = math.inf if env_steps is None else self.env_steps + env_steps
-        self.interrupted = self.context.interrupted = self._pressed = self._asked = False
-        self.context.on_wait = self._waiting()
-        self._tell("on_fit_start", {"name": str(self), "epochs": epochs, "batches": self.batches, "env_steps": env_steps, "recorder": self.recorder})
-        try:
-            with self._listening():
-                while not self.context.interrupted and self.env_steps < until and (epochs is None or len(rows) < epochs):
-                    self._epoch(until, keeper)
-                    if self.context.interrupted:
-                        break
-                    rows.append(self.recorder.read())
-                    self._pulled, self._done = self._pulled + self._done, 0
-                    over = stop is not None and stop(rows[-1])
-                    self._tell("on_epoch", rows[-1])
-                    if over:
-                        break
-                    self.recorder.start()  # what `stop` took is no training time
-                if keeper.every is not None and not self.context.interrupted:
-                    keeper.save()
-        finally:
-            self.context.on_wait = None
-            for pipe in find_pipes(self, lambda p: hasattr(p, "on_fit_end")):  # what records
-                pipe.on_fit_end()
-            self._tell("on_fit_end", rows)
-        if self.context.interrupted:
-            self.interrupted, self.context.interrupted = True, False
-            print(f"interrupted after {self.env_steps} environment steps; checkpoint saved to {self.save(keeper.folder, keep=keeper.keep)}")
-        return rows
-
-    def _epoch(self, until, keeper):
-        "One epoch of pulls, or what is left of it; it may end earlier, at the budget or on request"
-        context, recorder, pull = self.context, self.recorder, self.next
-        shown, batches = time.perf_counter(), self._marks(until, keeper)
-        while self._done < self.batches:
-            try:
-                pull()
-            except Interrupted:  # in a warm-up, between two items
-                pass
-            else:
-                self._done += 1
-            if context.interrupted or recorder.env_steps >= self._mark or self._done >= batches:
-                if self._pause(until, keeper):
-                    return
-                batches = self._marks(until, keeper)
-            if (now := time.perf_counter()) - shown > 0.05:
-                shown = now
-                self._tell("on_batch", self._done, self.batches)
-
-    def _marks(self, until, keeper):
-        "Where to look up: at environment steps (`_mark`), or at batches of this epoch"
-        self._mark = min(until, keeper.due if keeper.in_steps else math.inf)
-        return math.inf if keeper.in_steps else keeper.due - self._pulled
-
-    def _pause(self, until, keeper):
-        "Between two pulls: write a checkpoint if one is due. Is the epoch over?"
-        if self._asked:
-            self._asked, self.context.interrupted = False, self._pressed
-        if self.context.interrupted or self.env_steps >= until:
-            return True
-        if keeper.now >= keeper.due:
-            keeper.save()
-        return False
-
-    def _waiting(self):
-        "In a warm-up a pull does not return for long: tells the loggers how far it is, and asks for a pause where one is due"
-        total, shown, recorder = max((p.least for p in find_pipes(self, ReplaySampler)), default=0), time.perf_counter(), self.recorder
-
-        def on_wait():
-            nonlocal shown
-            if recorder.env_steps >= self._mark:
-                self._asked = self.context.interrupted = True
-            if (now := time.perf_counter()) - shown > 0.05:
-                shown = now
-                self._tell("on_warm_up", self.env_steps, total)
-        return on_wait
-
-    def _tell(self, hook, *args):
-        for logger in self.loggers:
-            getattr(logger, hook)(*args)
-
-    @contextlib.contextmanager
-    def _listening(self) -> Iterator[None]:
-        "Ctrl-C sets a flag that is read between two pulls; a second one stops at once"
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def on_signal(number, frame):
-            if self._pressed or (self.context.interrupted and not self._asked):
-                raise KeyboardInterrupt
-            self._pressed = self.context.interrupted = True
-        before = signal.signal(signal.SIGINT, on_signal)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+        return FitLoop(self, keeper, epochs, env_steps, stop).run()
 
     # Judging
     def validate(
@@ -343,18 +240,18 @@ class LearnerHead(Pipe):
 
     # Keeping
     def restart(self) -> None:
-        self._done = self._pulled = 0  # batches of this epoch, and of those before
+        self.done = self.pulled = 0  # batches of this epoch, and of those before
 
     @property
     def batches_seen(self) -> int:
         "Batches that `fit` has pulled"
-        return self._pulled + self._done
+        return self.pulled + self.done
 
     def get_own(self) -> dict[str, Any]:
-        return {"done": self._done, "pulled": self._pulled}
+        return {"done": self.done, "pulled": self.pulled}
 
     def set_own(self, state: dict[str, Any]) -> None:
-        self._done, self._pulled = state["done"], state["pulled"]
+        self.done, self.pulled = state["done"], state["pulled"]
 
     def save(
         self,

@@ -20,7 +20,7 @@ from ..envs.stepper import GymStepper
 from ..errors import CheckpointError, message, shape_of
 from .checkpoint import load_checkpoint, manifest_name, read_manifest, save_checkpoint, versions
 from .fits import check_fits
-from ..memory.experience_replay import ReplayMemory
+from ..memory.replay_memory import ReplayMemory
 from ..memory.segments import check_rows_fit, load_rows
 from ..pipes.core import Pipe, named_modules, named_pipes
 from ..pipes.graph import settings_in_words

@@ -15,7 +15,8 @@ from ..core import SimpleStep
 from ..errors import check_number, message, shape_of
 from .plots import Curve, new_figure
 from .tally import EpisodeTally
-from ..pipes.core import Context, Fan, Stage
+from ..pipes.context import Context
+from ..pipes.core import Fan, Stage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from .collectors import ScalarTrack
 from .plots import new_figure
-from ..pipes.core import Context, Stage
+from ..pipes.context import Context
+from ..pipes.core import Stage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

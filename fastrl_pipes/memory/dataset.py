@@ -19,9 +19,10 @@ from gymnasium import spaces
 from ..core import SimpleStep, leaves, map_leaves
 from ..errors import CheckpointError, check_number, message, shape_of
 from .dataset_files import open_dataset
-from .experience_replay import ReplayMemory
+from .replay_memory import ReplayMemory
 from .rows import LEARNING_FIELDS
-from ..pipes.core import Context, Pipe, bind
+from ..pipes.context import Context
+from ..pipes.core import Pipe, bind
 from ..pipes.nstep import FirstLastMerger, NStepper
 
 # %% auto #0

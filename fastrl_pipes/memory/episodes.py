@@ -11,8 +11,9 @@ import numpy as np
 
 from ..core import SimpleStep, to_numpy
 from ..errors import CheckpointError, check_shape, message, shape_of
-from .experience_replay import ReplayMemory, ReplayWriter
-from ..pipes.core import Context
+from .experience_replay import ReplayWriter
+from .replay_memory import ReplayMemory
+from ..pipes.context import Context
 
 # %% auto #0
 __all__ = ['EpisodeIndex', 'EpisodeWriter']

@@ -14,9 +14,11 @@ import torch
 from ..core import SimpleStep
 from ..errors import check_choice, check_number, message, shape_of
 from .episodes import EpisodeWriter
-from .experience_replay import ExperienceReplay, ReplayMemory, ReplaySampler
+from .experience_replay import ExperienceReplay, ReplaySampler
+from .replay_memory import ReplayMemory
 from ..pipes.control import Repeat
-from ..pipes.core import Context, traverse
+from ..pipes.context import Context
+from ..pipes.core import traverse
 from ..pipes.graph import find_pipes
 from ..pipes.nstep import FirstLastMerger, NSkipper, NStepper
 

@@ -12,9 +12,10 @@ import torch
 from ..core import SimpleStep
 from ..errors import check_number, message
 from .dataset import DatasetMemory, memory_from_dataset, telling
-from .experience_replay import ExperienceReplay, ReplayMemory, ReplaySampler, pack
+from .experience_replay import ExperienceReplay, ReplaySampler
+from .replay_memory import ReplayMemory, pack
 from .rows import RowLayout
-from ..pipes.core import Context
+from ..pipes.context import Context
 
 # %% auto #0
 __all__ = ['OfflineReplay', 'MixedReplay']

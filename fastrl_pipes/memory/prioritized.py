@@ -15,9 +15,11 @@ import torch
 from ..core import SimpleStep, spawn_seed
 from ..errors import CheckpointError, check_number, message, shape_of
 from .counting import StepCount
-from .experience_replay import ExperienceReplay, ReplayMemory, ReplaySampler, ReplayWriter, behind_a_writer
+from .experience_replay import ExperienceReplay, ReplaySampler, ReplayWriter, behind_a_writer
+from .replay_memory import ReplayMemory
 from .sumtree import SumTree
-from ..pipes.core import Context, Fan, traverse
+from ..pipes.context import Context
+from ..pipes.core import Fan, traverse
 
 # %% auto #0
 __all__ = ['SILENT', 'PrioritizedSampler', 'PrioritizedReplay']

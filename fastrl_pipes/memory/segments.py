@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import CheckpointError, message
-from .experience_replay import ReplayMemory
+from .replay_memory import ReplayMemory
 from .rows import RowLayout
 
 # %% auto #0

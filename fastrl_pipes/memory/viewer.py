@@ -12,7 +12,8 @@ import torch
 
 from ..core import leaves
 from ..errors import check_number, message, shape_of
-from .experience_replay import ReplayMemory, ReplaySampler, ReplayWriter
+from .experience_replay import ReplaySampler, ReplayWriter
+from .replay_memory import ReplayMemory
 from ..pipes.core import Pipe
 from ..pipes.graph import find_pipes
 

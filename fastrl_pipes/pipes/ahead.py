@@ -19,7 +19,8 @@ from torch import nn
 
 from ..core import denormals_flushed
 from ..errors import WorkerError, message
-from .core import Ahead, Pipe, owned
+from .context import Ahead
+from .core import Pipe, owned
 from .watch import instead
 
 # %% auto #0

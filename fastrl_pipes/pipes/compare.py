@@ -20,7 +20,8 @@ from torch import nn
 
 from ..core import SimpleStep
 from ..errors import message, shape_of
-from .core import Context, Pipe, bind, named_modules, named_pipes, traverse
+from .context import Context
+from .core import Pipe, bind, named_modules, named_pipes, traverse
 from .graph import _word, find_pipe, in_words, probe, settings_in_words
 from .rebuild import rebuild
 from .record import Record

@@ -8,10 +8,8 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,65 +17,12 @@ import torch
 from torchdata.nodes import BaseNode
 
 from ..core import SimpleStep, copied, leaves, map_leaves
-from ..errors import CheckpointError, Interrupted, message, shape_of, suggest
+from ..errors import CheckpointError, message, shape_of, suggest
+from .context import Context
 
 # %% auto #0
-__all__ = ['Context', 'Ahead', 'Pipe', 'owned', 'Stage', 'Fan', 'IterableSource', 'Foreign', 'as_pipe', 'traverse', 'named_pipes',
-           'named_modules', 'bind', 'snapshot', 'load_state']
-
-# %% ../../nbs/pipes/00_core.ipynb #2de8c6f0
-@dataclass(eq=False)
-class Context:
-    "The facts that the pipes of one stack share. None means: nobody has said so yet"
-    device: torch.device | None = None  # where networks and batches live
-    dtype: torch.dtype | None = None  # of batches: the networks' own
-    rows: int | None = None  # environments, that is the B of the acting side
-    acting_device: torch.device | None = None  # where the environments' tensors are; None: they hand out NumPy arrays
-    turns: tuple[int, ...] | None = None  # where groups of neighbouring environments take turns, an item each: the first row of each group
-    observation_space: Any = None  # of one environment
-    action_space: Any = None  # of one environment
-    recorder: Any = None  # where collectors write
-    seed: int | None = None  # from which pipes derive their generators' seeds
-    priorities: Callable[[Any, Any], None] | None = None  # where losses report TD errors: (index [B] int64, errors [B] float)
-    interrupted: bool = False  # a request to stop, read between two pulls
-    on_wait: Callable[[], None] | None = None  # called while a pipe pulls on because nothing came out yet (warm-up)
-
-    def announce(
-        self,
-        who: str,  # the pipe that says so
-        **facts: Any,  # field -> value
-    ) -> None:
-        "Write facts down; raises ValueError where another pipe of the stack has said otherwise"
-        for field, value in facts.items():
-            known = getattr(self, field)
-            if known is not None and known != value:
-                raise ValueError(message(who, field, f"is {value}", f"{known}, which another pipe of the stack announced"))
-            setattr(self, field, value)
-
-    def needs_arrays(
-        self,
-        who: str,  # the pipe that looks at every row on the host
-        hint: str,  # what to take in its place
-    ) -> None:
-        "Raises ValueError where the environments are tensors, which stay on their device"
-        if self.acting_device is not None:
-            raise ValueError(message(who, "steps", f"are tensors on {self.acting_device}", "NumPy arrays, as a GymStepper has them", hint))
-
-    def pause(
-        self,
-        who: str,  # the pipe that is about to pull again
-    ) -> None:
-        "Between two pulls that gave nothing: raises Interrupted where the run was asked to stop, by `on_wait` perhaps"
-        if isinstance(threading.current_thread(), Ahead):
-            return
-        if self.on_wait is not None:
-            self.on_wait()
-        if self.interrupted:
-            raise Interrupted(f"{who}: interrupted between two items")
-
-
-class Ahead(threading.Thread):
-    "A thread in which pipes run ahead of the one who pulls. Nobody waits in it, and interrupts are heard elsewhere"
+__all__ = ['Pipe', 'owned', 'Stage', 'Fan', 'IterableSource', 'Foreign', 'as_pipe', 'traverse', 'named_pipes', 'named_modules',
+           'bind', 'snapshot', 'load_state']
 
 # %% ../../nbs/pipes/00_core.ipynb #b39e04a8
 @functools.lru_cache(maxsize=None)

@@ -14,7 +14,8 @@ import numpy as np
 from ..core import MergedStep, SimpleStep, copied, map_leaves, take_rows
 from ..errors import CheckpointError, check_number, message, shape_of
 from ..functional.returns import nstep_return
-from .core import Context, Fan, Stage, traverse
+from .context import Context
+from .core import Fan, Stage, traverse
 
 # %% auto #0
 __all__ = ['NStepper', 'NSkipper', 'FirstLastMerger', 'NStepFlattener']

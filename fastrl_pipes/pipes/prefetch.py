@@ -15,7 +15,8 @@ from torch import nn
 from ..errors import message
 from .ahead import Helper, Later, StandIns
 from .control import Inlet
-from .core import Context, Pipe, traverse
+from .context import Context
+from .core import Pipe, traverse
 
 # %% auto #0
 __all__ = ['Prefetcher']

@@ -16,7 +16,8 @@ from torch import nn
 from ..core import SimpleStep, copied
 from ..errors import check_number, message
 from .control import Inlet
-from .core import Context, Pipe, Stage, bind, named_modules, named_pipes, traverse
+from .context import Context
+from .core import Pipe, Stage, bind, named_modules, named_pipes, traverse
 from .graph import find_pipe, in_words
 from .rebuild import downstream, rebuild
 from .record import Network, Record, kept

@@ -15,7 +15,8 @@ from ..core import SampledStep, SimpleStep, evaluating, leaves, mode_matters
 from ..errors import check_shape, message, shape_of
 from ..networks.contracts import buffers_kept, check_gradient
 from ..pipes.compiled import CompiledCall, Compiles, NotCompiled
-from ..pipes.core import Context, Fan
+from ..pipes.context import Context
+from ..pipes.core import Fan
 from ..pipes.draws import Draws
 
 # %% auto #0

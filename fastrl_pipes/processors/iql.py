@@ -17,7 +17,7 @@ from ..errors import check_number, message, shape_of
 from ..functional.regression import advantage_weights, expectile_loss, likelihood_loss, pessimistic
 from ..networks.calls import call_model, call_policy
 from ..networks.contracts import check_model, check_policy
-from ..pipes.core import Context
+from ..pipes.context import Context
 from .core import LossProcessor, check_network, check_value
 from .imitation import check_actions
 from .td import TDLossProcessor

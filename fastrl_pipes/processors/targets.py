@@ -13,7 +13,8 @@ from ..core import SimpleStep
 from ..errors import check_number, check_same_shape, message
 from ..functional.averaging import polyak_step
 from ..networks.targets import target_of
-from ..pipes.core import Context, Pipe, Stage, named_pipes
+from ..pipes.context import Context
+from ..pipes.core import Pipe, Stage, named_pipes
 from ..pipes.graph import find_pipes
 from .core import check_network
 
