@@ -29,13 +29,15 @@ from fastrl_pipes.learner.head import LearnerHead
 from fastrl_pipes.learner.resume import run_state
 from fastrl_pipes.loggers.collectors import BatchCollector
 from fastrl_pipes.memory.counting import StepCount
-from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayMemory, ReplayWriter
+from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplayWriter
+from fastrl_pipes.memory.replay_memory import ReplayMemory
 from fastrl_pipes.memory.prioritized import SILENT, PrioritizedReplay, PrioritizedSampler
 from fastrl_pipes.memory.sumtree import TOP, SumTree
 from fastrl_pipes.networks.actor_critic import Actor, Critic
 from fastrl_pipes.pipes.compare import replace
 from fastrl_pipes.pipes.control import Repeat
-from fastrl_pipes.pipes.core import Context, Stage, bind, named_pipes, snapshot, traverse
+from fastrl_pipes.pipes.context import Context
+from fastrl_pipes.pipes.core import Stage, bind, named_pipes, snapshot, traverse
 from fastrl_pipes.pipes.graph import find_pipe, find_pipes, probe
 from fastrl_pipes.pipes.nstep import FirstLastMerger, NSkipper, NStepFlattener, NStepper
 from fastrl_pipes.pipes.tape import play, put_tap
@@ -496,7 +498,7 @@ def test_counting_against_a_list(lengths, batch, skip):
 @given(lengths=st.lists(st.integers(1, 6), min_size=2, max_size=6), n=st.integers(1, 12), drop=st.integers(0, 99))
 def test_counting_environments_side_by_side(lengths, n, drop):
     "Rows of n environments whose episodes begin at different times; some are missing now and then, and come again"
-    rng, count, total, seen = np.random.default_rng(drop), StepCount(), 0, np.zeros(n, int)
+    rng, count, total, seen, first = np.random.default_rng(drop), StepCount(), 0, np.zeros(n, int), None
     scripts = [[(e, t + 1) for e, length in enumerate(np.roll(lengths, i)) for t in range(length)] for i in range(n)]
     for k in range(sum(lengths)):
         ends = [k + 1 == len(s) or s[k + 1][0] != s[k][0] for s in scripts]

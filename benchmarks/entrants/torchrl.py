@@ -71,10 +71,10 @@ def made(job, s, a, spec):
     noisy = TensorDictSequential(actor, AdditiveGaussianModule(spec=spec, sigma_init=job["sigma"] * half, sigma_end=job["sigma"] * half, annealing_num_steps=1))
     if name == "ddpg":
         loss = DDPGLoss(actor, critic(s, a, hidden), loss_function="l2", delay_actor=True, delay_value=True)
-        critics, key = loss.value_network_params, "loss_value"
+        critics = loss.value_network_params
     else:
         loss = TD3Loss(actor, critic(s, a, hidden), num_qvalue_nets=2, loss_function="l2", delay_actor=True, delay_qvalue=True, action_spec=spec, policy_noise=job["policy_noise"], noise_clip=job["noise_clip"])
-        critics, key = loss.qvalue_network_params, "loss_qvalue"
+        critics = loss.qvalue_network_params
     loss.make_value_estimator(gamma=job["discount"])
     target, (actor_opt, q_opt) = SoftUpdate(loss, tau=job["tau"]), adams(job, loss.actor_network_params.flatten_keys().values(), critics.flatten_keys().values())
 

@@ -105,9 +105,8 @@ class EnvRows(EnvBackend):
                     self._over = True
                 i += 1
         except Exception as e:
-            if np.size(reward) != 1:
-                e = Refused("reward", f"has shape {list(np.shape(reward))}", "one number")
-            raise self._fault(i, "step", e) from e
+            fault = e if np.size(reward) == 1 else Refused("reward", f"has shape {list(np.shape(reward))}", "one number")
+            raise self._fault(i, "step", fault) from fault
         if self.check and not self._next.finite():
             raise self._not_finite(self._next)
         self._todo = STEPPED

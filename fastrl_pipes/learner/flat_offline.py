@@ -5,7 +5,6 @@
 # %% ../../nbs/learner/07_flat_offline.ipynb #e32e2db3
 from __future__ import annotations
 
-import numpy as np
 from gymnasium import spaces
 
 from ..errors import message

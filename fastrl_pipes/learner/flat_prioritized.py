@@ -62,7 +62,7 @@ def _prioritized(pipe, script):
     script.priorities = report
     script.setup(f"{rng} = np.random.default_rng({script.seed(type(pipe).__name__, str(pipe))})",
                  f"{tree}, {highest} = sum_tree({pipe.memory.max_sz}), 1.0  # p^alpha of each row, and the highest so far, which new rows get", "",
-                 f"def {report}(index, td_error):", f'    "p = |td_error| + eps"', f"    nonlocal {highest}",
+                 f"def {report}(index, td_error):", '    "p = |td_error| + eps"', f"    nonlocal {highest}",
                  f"    p = (td_error.numpy().astype(np.float64) + {pipe.eps!r}) ** {pipe.alpha!r}", f"    put({tree}, index.numpy(), p)", f"    {highest} = max({highest}, p.max())", "")
     script.title(pipe, f"{pipe.bs} transitions by priority, and their weights (Schaul 2016, Alg. 1, l. 6 to 12); from here on, tensors")
     script.add(f"put({tree}, places, np.full(len(places), {highest}))", "places = places[:0]")
