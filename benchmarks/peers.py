@@ -1,6 +1,6 @@
 """The libraries that `speed.py` and `time_to_solve.py` compare with, installed from the registry.
 
-    python benchmarks/peers.py [--into benchmarks/.peers] [sb3 sbx tianshou torchrl skrl d3rlpy]
+    python benchmarks/peers.py [--into benchmarks/.peers] [sb3 sbx tianshou torchrl skrl d3rlpy cpprb]
 
 Makes a virtual environment `base` with PyTorch, in the version that `constraints.txt` pins, and gymnasium with MuJoCo; then one for each library, which sees the packages of `base` and adds its own. So PyTorch is there once, and
 two libraries that want different versions of something do not meet. A library that does not install, or cannot be imported, is named with the end of what pip said, and left out. What is there already is kept; `--again` makes it anew.
@@ -18,7 +18,8 @@ import venv
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PEERS = {"sb3": ("stable-baselines3", "stable_baselines3"), "sbx": ("sbx-rl", "sbx"), "tianshou": ("tianshou", "tianshou"), "torchrl": ("torchrl", "torchrl"), "skrl": ("skrl", "skrl"), "d3rlpy": ("d3rlpy", "d3rlpy")}
+PEERS = {"sb3": ("stable-baselines3", "stable_baselines3"), "sbx": ("sbx-rl", "sbx"), "tianshou": ("tianshou", "tianshou"), "torchrl": ("torchrl", "torchrl"), "skrl": ("skrl", "skrl"), "d3rlpy": ("d3rlpy", "d3rlpy"),
+         "cpprb": ("cpprb", "cpprb")}
 BASE = ["torch", "gymnasium[mujoco]>=1.1", "numpy"]
 
 

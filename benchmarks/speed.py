@@ -25,9 +25,9 @@ from fastrl_pipes.learner.workloads import OURS, RIVALS, Entrant, get_workload
 
 HERE = Path(__file__).resolve().parent
 FILES = HERE/"entrants"
-LIBRARIES = ("sb3", "sbx", "tianshou", "torchrl", "skrl", "d3rlpy")
+LIBRARIES = ("sb3", "sbx", "tianshou", "torchrl", "skrl", "d3rlpy", "cpprb")
 ONLINE = ("ours", "ours-compiled", "plain", "packed", "packed-compiled", "sb3", "sbx", "tianshou", "torchrl", "skrl", "limit", "limit-cold")
-WHO = {"online": ONLINE, "offline": ("ours", "ours-compiled", "plain", "packed", "packed-compiled", "torchrl", "d3rlpy", "limit", "limit-cold"), "replay": ("ours", "sb3", "tianshou", "torchrl", "skrl")}
+WHO = {"online": ONLINE, "offline": ("ours", "ours-compiled", "plain", "packed", "packed-compiled", "torchrl", "d3rlpy", "limit", "limit-cold"), "replay": ("ours", "sb3", "tianshou", "torchrl", "skrl", "cpprb")}
 
 
 def entrant(name, kind, folder):
