@@ -95,7 +95,7 @@ def staged(policy, space, noisy, compiled):
     from fastrl_pipes.core import SimpleStep
     from fastrl_pipes.pipes.control import Inlet
     from fastrl_pipes.pipes.context import Context
-    from fastrl_pipes.pipes.core import bind
+    from fastrl_pipes.pipes.walk import bind
     stage = (PolicyRunner if noisy else SimpleModelRunner)(Inlet(), policy)
     bind(stage, Context(seed=0, action_space=space))
     stage.start()

@@ -25,7 +25,7 @@ import torch
 from fastrl_pipes.agents.ddpg import ddpg
 from fastrl_pipes.core import SimpleStep
 from fastrl_pipes.memory.replay_memory import ReplayMemory
-from fastrl_pipes.pipes.core import named_modules
+from fastrl_pipes.pipes.walk import named_modules
 
 
 def made(rows):

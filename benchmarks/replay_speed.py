@@ -31,7 +31,7 @@ from fastrl_pipes.memory.replay_memory import ReplayMemory
 from fastrl_pipes.memory.prioritized import PrioritizedSampler
 from fastrl_pipes.memory.sumtree import SumTree
 from fastrl_pipes.pipes.context import Context
-from fastrl_pipes.pipes.core import bind
+from fastrl_pipes.pipes.walk import bind
 
 BS, STATE, ACTION = 256, 17, 6
 

@@ -56,7 +56,8 @@ from fastrl_pipes.networks.temperature import Temperature
 from fastrl_pipes.pipes.batch import StepBatcher
 from fastrl_pipes.pipes.control import Every, Inlet, Repeat, Take
 from fastrl_pipes.pipes.context import Context
-from fastrl_pipes.pipes.core import BaseNode, Fan, Foreign, IterableSource, Pipe, Stage, bind
+from fastrl_pipes.pipes.core import BaseNode, Fan, Foreign, IterableSource, Pipe, Stage
+from fastrl_pipes.pipes.walk import bind
 from fastrl_pipes.pipes.graph import find_pipe
 from fastrl_pipes.pipes.nstep import FirstLastMerger, NSkipper, NStepFlattener, NStepper
 from fastrl_pipes.pipes.prefetch import Prefetcher

@@ -15,7 +15,8 @@ from fastrl_pipes.core import MergedStep, SampledStep, SimpleStep, copied, spawn
 from fastrl_pipes.envs.doubles import NoOp
 from fastrl_pipes.envs.stepper import GymStepper
 from fastrl_pipes.networks.ensemble import Critics
-from fastrl_pipes.pipes.core import Stage, bind
+from fastrl_pipes.pipes.core import Stage
+from fastrl_pipes.pipes.walk import bind
 from fastrl_pipes.pipes.graph import find_pipe
 
 S, A, BS, HIDDEN = 5, 2, 16, (24, 16)

@@ -39,7 +39,8 @@ from fastrl_pipes.networks.ensemble import Critics
 from fastrl_pipes.networks.policies import GaussianActor
 from fastrl_pipes.pipes.control import Every, Inlet
 from fastrl_pipes.pipes.context import Ahead, Context
-from fastrl_pipes.pipes.core import Stage, bind, named_modules, snapshot
+from fastrl_pipes.pipes.core import Stage
+from fastrl_pipes.pipes.walk import bind, named_modules, snapshot
 from fastrl_pipes.pipes.graph import find_pipe
 from fastrl_pipes.pipes.guards import NotFinite
 from fastrl_pipes.pipes.nstep import FirstLastMerger, NStepper

@@ -15,7 +15,8 @@ from fastrl_pipes.agents.ddpg import (Actor, ActionClip, ActionScaler, ActorLoss
                                       ProgressBarLogger, SimpleModelRunner, SimpleStep, SoftTargetUpdater, ddpg, ddpg_conv2d_block, get_target_model, target_of)
 from fastrl_pipes.envs.doubles import Faulty, Nested, NoOp
 from fastrl_pipes.errors import WorkerError
-from fastrl_pipes.pipes.core import IterableSource, named_modules
+from fastrl_pipes.pipes.core import IterableSource
+from fastrl_pipes.pipes.walk import named_modules
 
 S, A = 3, 2
 STEPS = []  # one entry for every step of any environment below

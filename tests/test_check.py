@@ -25,7 +25,8 @@ from fastrl_pipes.memory.experience_replay import ExperienceReplay
 from fastrl_pipes.networks.actor_critic import Actor, Critic
 from fastrl_pipes.networks.targets import target_of
 from fastrl_pipes.pipes.control import Every, Inlet
-from fastrl_pipes.pipes.core import IterableSource, Stage, named_modules, snapshot
+from fastrl_pipes.pipes.core import IterableSource, Stage
+from fastrl_pipes.pipes.walk import named_modules, snapshot
 from fastrl_pipes.pipes.nstep import NStepper
 from fastrl_pipes.processors.dpg import ActorLossProcessor, CriticLossProcessor
 from fastrl_pipes.processors.targets import SoftTargetUpdater

@@ -25,7 +25,8 @@ from fastrl_pipes.memory.replay_memory import ReplayMemory
 from fastrl_pipes.networks.actor_critic import Actor, Critic
 from fastrl_pipes.pipes.compare import diff, replace
 from fastrl_pipes.pipes.control import Every, Repeat
-from fastrl_pipes.pipes.core import Foreign, Stage, named_modules, named_pipes, traverse
+from fastrl_pipes.pipes.core import Foreign, Stage
+from fastrl_pipes.pipes.walk import named_modules, named_pipes, traverse
 from fastrl_pipes.pipes.graph import find_pipe, find_pipes
 from fastrl_pipes.pipes.rebuild import rebuild
 from fastrl_pipes.pipes.record import Record

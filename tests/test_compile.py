@@ -26,7 +26,7 @@ from fastrl_pipes.networks.actor_critic import Actor, Critic
 from fastrl_pipes.networks.ensemble import Critics, Value
 from fastrl_pipes.networks.policies import GaussianActor
 from fastrl_pipes.pipes.compiled import _DECOMPOSED, CompiledCall, _narrow_products
-from fastrl_pipes.pipes.core import snapshot
+from fastrl_pipes.pipes.walk import snapshot
 from fastrl_pipes.pipes.draws import Draws
 from fastrl_pipes.pipes.graph import find_pipe, find_pipes
 from fastrl_pipes.processors.core import LossProcessor

@@ -63,6 +63,8 @@ from fastrl_pipes.pipes.core import (
     IterableSource,
     Pipe,
     Stage,
+)
+from fastrl_pipes.pipes.walk import (
     bind,
     named_modules,
     named_pipes,

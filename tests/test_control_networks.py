@@ -22,7 +22,7 @@ from fastrl_pipes.networks.policies import GaussianActor
 from fastrl_pipes.networks.targets import target_of
 from fastrl_pipes.networks.temperature import Temperature
 from fastrl_pipes.pipes.context import Context
-from fastrl_pipes.pipes.core import bind
+from fastrl_pipes.pipes.walk import bind
 from fastrl_pipes.pipes.graph import find_pipe
 from fastrl_pipes.processors.entropy import SoftActorLossProcessor
 

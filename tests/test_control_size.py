@@ -21,7 +21,7 @@ from fastrl_pipes.memory.rows import RowLayout
 from fastrl_pipes.networks.ensemble import BatchedLinear, Critics
 from fastrl_pipes.networks.policies import GaussianActor
 from fastrl_pipes.networks.temperature import Temperature
-from fastrl_pipes.pipes.core import traverse
+from fastrl_pipes.pipes.walk import traverse
 from fastrl_pipes.processors import entropy
 
 SILENT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)

@@ -29,7 +29,7 @@ from fastrl_pipes.networks.targets import target_of
 from fastrl_pipes.networks.temperature import Temperature
 from fastrl_pipes.pipes.control import Every
 from fastrl_pipes.pipes.context import Context
-from fastrl_pipes.pipes.core import bind, named_modules, named_pipes
+from fastrl_pipes.pipes.walk import bind, named_modules, named_pipes
 from fastrl_pipes.pipes.graph import find_pipe, find_pipes
 from fastrl_pipes.pipes.guards import NotFinite
 from fastrl_pipes.processors.dpg import ActorLossProcessor

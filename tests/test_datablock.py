@@ -9,7 +9,7 @@ from fastrl_pipes.core import MergedStep, SimpleStep, leaves
 from fastrl_pipes.learner.datablock import EpochLength, epoch_length
 from fastrl_pipes.loggers.video import Video, VideoCollector
 from fastrl_pipes.pipes.context import Context
-from fastrl_pipes.pipes.core import bind, named_pipes
+from fastrl_pipes.pipes.walk import bind, named_pipes
 from fastrl_pipes.pipes.graph import find_pipe, find_pipes
 
 

@@ -51,7 +51,8 @@ from fastrl_pipes.networks.actor_critic import Actor, Critic  # noqa: E402
 from fastrl_pipes.networks.targets import target_of  # noqa: E402
 from fastrl_pipes.pipes.control import Inlet  # noqa: E402
 from fastrl_pipes.pipes.context import Context  # noqa: E402
-from fastrl_pipes.pipes.core import Stage, bind, named_modules, snapshot, traverse  # noqa: E402
+from fastrl_pipes.pipes.core import Stage  # noqa: E402
+from fastrl_pipes.pipes.walk import bind, named_modules, snapshot, traverse  # noqa: E402
 from fastrl_pipes.pipes.graph import find_pipe  # noqa: E402
 from fastrl_pipes.pipes.nstep import FirstLastMerger, NSkipper, NStepper  # noqa: E402
 from fastrl_pipes.processors.dpg import ActorLossProcessor, CriticLossProcessor  # noqa: E402

@@ -13,7 +13,8 @@ from fastrl_pipes.envs.stepper import GymStepper
 from fastrl_pipes.learner.optimizers import BasicOptStepper
 from fastrl_pipes.networks.actor_critic import Actor, Critic
 from fastrl_pipes.networks.targets import target_of
-from fastrl_pipes.pipes.core import Stage, bind
+from fastrl_pipes.pipes.core import Stage
+from fastrl_pipes.pipes.walk import bind
 from fastrl_pipes.pipes.graph import find_pipe
 from fastrl_pipes.processors.dpg import ActorLossProcessor, CriticLossProcessor
 from fastrl_pipes.processors.targets import SoftTargetUpdater

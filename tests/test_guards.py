@@ -15,7 +15,8 @@ from fastrl_pipes.envs.stepper import GymStepper
 from fastrl_pipes.errors import WorkerError
 from fastrl_pipes.learner.optimizers import BasicOptStepper
 from fastrl_pipes.networks.actor_critic import Actor, Critic
-from fastrl_pipes.pipes.core import Fan, Stage, named_modules, traverse
+from fastrl_pipes.pipes.core import Fan, Stage
+from fastrl_pipes.pipes.walk import named_modules, traverse
 from fastrl_pipes.pipes.graph import find_pipe
 from fastrl_pipes.pipes.guards import NotFinite, guard
 

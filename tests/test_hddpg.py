@@ -16,7 +16,7 @@ from fastrl_pipes.memory.experience_replay import ExperienceReplay
 from fastrl_pipes.memory.prioritized import PrioritizedReplay
 from fastrl_pipes.networks.actor_critic import Actor, Critic
 from fastrl_pipes.pipes.compare import replace
-from fastrl_pipes.pipes.core import bind
+from fastrl_pipes.pipes.walk import bind
 from fastrl_pipes.pipes.graph import find_pipe, find_pipes
 from equality import A, BS, S, Tape, as_batch, tape_of
 

@@ -28,7 +28,7 @@ from fastrl_pipes.networks.goals import GoalConditioned
 from fastrl_pipes.pipes.batch import StepBatcher
 from fastrl_pipes.pipes.compare import replace
 from fastrl_pipes.pipes.context import Context
-from fastrl_pipes.pipes.core import bind, snapshot
+from fastrl_pipes.pipes.walk import bind, snapshot
 from fastrl_pipes.pipes.graph import find_pipe, find_pipes
 from fastrl_pipes.pipes.nstep import FirstLastMerger, NSkipper, NStepFlattener, NStepper
 

@@ -24,7 +24,7 @@ from fastrl_pipes.errors import CheckpointError
 from fastrl_pipes.learner.checkpoint import load_checkpoint, read_manifest, to_plain
 from fastrl_pipes.learner.resume import load_run, run_state
 from fastrl_pipes.memory.segments import file_sum
-from fastrl_pipes.pipes.core import snapshot
+from fastrl_pipes.pipes.walk import snapshot
 
 HERE = Path(__file__).parent
 

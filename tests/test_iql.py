@@ -29,7 +29,8 @@ from fastrl_pipes.networks.ensemble import Critics, Value
 from fastrl_pipes.networks.policies import GaussianActor
 from fastrl_pipes.pipes.compare import diff
 from fastrl_pipes.pipes.context import Context
-from fastrl_pipes.pipes.core import IterableSource, bind
+from fastrl_pipes.pipes.core import IterableSource
+from fastrl_pipes.pipes.walk import bind
 from fastrl_pipes.pipes.graph import find_pipe, find_pipes
 from fastrl_pipes.pipes.nstep import FirstLastMerger, NStepper
 from fastrl_pipes.processors.imitation import CloningLossProcessor

@@ -19,7 +19,7 @@ from fastrl_pipes.memory.prioritized import PrioritizedReplay, PrioritizedSample
 from fastrl_pipes.networks.ensemble import Critics
 from fastrl_pipes.networks.targets import target_of
 from fastrl_pipes.pipes.context import Context
-from fastrl_pipes.pipes.core import bind
+from fastrl_pipes.pipes.walk import bind
 from fastrl_pipes.pipes.graph import find_pipe
 from fastrl_pipes.processors.dpg import CriticLossProcessor
 

@@ -33,7 +33,7 @@ from fastrl_pipes.memory.experience_replay import ReplaySampler
 from fastrl_pipes.memory.replay_memory import ReplayMemory
 from fastrl_pipes.networks.actor_critic import Actor, Critic
 from fastrl_pipes.networks.targets import target_of
-from fastrl_pipes.pipes.core import bind, named_modules, snapshot
+from fastrl_pipes.pipes.walk import bind, named_modules, snapshot
 from fastrl_pipes.pipes.graph import find_pipe, find_pipes
 from fastrl_pipes.processors.dpg import ActorLossProcessor, CriticLossProcessor
 from fastrl_pipes.processors.targets import SoftTargetUpdater

@@ -26,7 +26,7 @@ from fastrl_pipes.loggers.progress import ProgressBarLogger
 from fastrl_pipes.loggers.recorder import NOTHING, Recorder
 from fastrl_pipes.loggers.sinks import CSVLogger, read_rows
 from fastrl_pipes.pipes.context import Context
-from fastrl_pipes.pipes.core import bind, load_state, snapshot
+from fastrl_pipes.pipes.walk import bind, load_state, snapshot
 
 ROOT = Path(__file__).parent.parent
 

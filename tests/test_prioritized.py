@@ -37,7 +37,8 @@ from fastrl_pipes.networks.actor_critic import Actor, Critic
 from fastrl_pipes.pipes.compare import replace
 from fastrl_pipes.pipes.control import Repeat
 from fastrl_pipes.pipes.context import Context
-from fastrl_pipes.pipes.core import Stage, bind, named_pipes, snapshot, traverse
+from fastrl_pipes.pipes.core import Stage
+from fastrl_pipes.pipes.walk import bind, named_pipes, snapshot, traverse
 from fastrl_pipes.pipes.graph import find_pipe, find_pipes, probe
 from fastrl_pipes.pipes.nstep import FirstLastMerger, NSkipper, NStepFlattener, NStepper
 from fastrl_pipes.pipes.tape import play, put_tap

@@ -18,7 +18,8 @@ from fastrl_pipes.loggers.collectors import BatchCollector
 from fastrl_pipes.memory.experience_replay import ExperienceReplay
 from fastrl_pipes.networks.actor_critic import Actor
 from fastrl_pipes.pipes.control import Every, Repeat
-from fastrl_pipes.pipes.core import Stage, named_pipes
+from fastrl_pipes.pipes.core import Stage
+from fastrl_pipes.pipes.walk import named_pipes
 
 
 class Sleeper(Stage):

@@ -12,7 +12,7 @@ from fastrl_pipes.memory.experience_replay import ExperienceReplay, ReplaySample
 from fastrl_pipes.memory.replay_memory import ReplayMemory
 from fastrl_pipes.memory.rows import RowLayout
 from fastrl_pipes.pipes.context import Context
-from fastrl_pipes.pipes.core import bind
+from fastrl_pipes.pipes.walk import bind
 
 
 def half_cheetah(rows=1, at=0):

@@ -33,7 +33,8 @@ from fastrl_pipes.learner.stacks import with_collectors
 from fastrl_pipes.loggers.collectors import BatchCollector
 from fastrl_pipes.memory.experience_replay import ExperienceReplay
 from fastrl_pipes.memory.replay_memory import ReplayMemory
-from fastrl_pipes.pipes.core import Stage, named_modules
+from fastrl_pipes.pipes.core import Stage
+from fastrl_pipes.pipes.walk import named_modules
 from fastrl_pipes.pipes.nstep import FirstLastMerger, NStepper
 from fastrl_pipes.processors.dpg import CriticLossProcessor
 from fastrl_pipes.processors.targets import SoftTargetUpdater

@@ -26,7 +26,7 @@ from fastrl_pipes.networks.calls import call_model
 from fastrl_pipes.networks.ensemble import Critics
 from fastrl_pipes.networks.goals import GoalConditioned, fields_size
 from fastrl_pipes.networks.policies import GaussianActor
-from fastrl_pipes.pipes.core import bind, named_modules, snapshot
+from fastrl_pipes.pipes.walk import bind, named_modules, snapshot
 from fastrl_pipes.pipes.graph import find_pipe
 from fastrl_pipes.pipes.tape import Tap, Tape
 

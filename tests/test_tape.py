@@ -21,7 +21,7 @@ from fastrl_pipes.learner.optimizers import BasicOptStepper
 from fastrl_pipes.loggers.collectors import BatchCollector, LossCollector
 from fastrl_pipes.networks.actor_critic import Actor, Critic
 from fastrl_pipes.pipes.control import Every
-from fastrl_pipes.pipes.core import named_modules, named_pipes, snapshot
+from fastrl_pipes.pipes.walk import named_modules, named_pipes, snapshot
 from fastrl_pipes.pipes.graph import find_pipe
 from fastrl_pipes.pipes.nstep import NStepper
 from fastrl_pipes.pipes.record import Network, Record, Unrecorded

@@ -39,7 +39,7 @@ from fastrl_pipes.networks.ensemble import Critics, Value
 from fastrl_pipes.networks.policies import GaussianActor
 from fastrl_pipes.pipes.control import Inlet
 from fastrl_pipes.pipes.context import Context
-from fastrl_pipes.pipes.core import bind, snapshot
+from fastrl_pipes.pipes.walk import bind, snapshot
 from fastrl_pipes.pipes.graph import find_pipe, find_pipes
 from fastrl_pipes.pipes.nstep import NSkipper
 

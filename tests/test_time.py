@@ -30,7 +30,7 @@ from fastrl_pipes.networks.actor_critic import Actor, Critic
 from fastrl_pipes.pipes import nstep
 from fastrl_pipes.pipes.control import Inlet
 from fastrl_pipes.pipes.context import Context
-from fastrl_pipes.pipes.core import bind
+from fastrl_pipes.pipes.walk import bind
 from fastrl_pipes.pipes.graph import find_pipe
 from fastrl_pipes.pipes.nstep import FirstLastMerger, NSkipper, NStepper
 from fastrl_pipes.processors.dpg import ActorLossProcessor, CriticLossProcessor

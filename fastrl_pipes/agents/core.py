@@ -22,7 +22,8 @@ from ..networks.contracts import buffers_kept, check_model, check_policy
 from ..pipes.compiled import CompiledCall, Compiles, NotCompiled
 from ..pipes.control import Inlet
 from ..pipes.context import Context
-from ..pipes.core import Pipe, Stage, traverse
+from ..pipes.core import Pipe, Stage
+from ..pipes.walk import traverse
 from ..pipes.draws import Draws
 from ..pipes.graph import find_pipe, find_pipes
 
@@ -327,7 +328,7 @@ class AgentHead(Pipe):
 
     def take_facts(self, context: Context | None) -> None:
         "Bind to what another context knows of spaces, device and dtype"
-        from fastrl_pipes.pipes.core import bind
+        from fastrl_pipes.pipes.walk import bind
         known = context or Context()
         bind(self, Context(device=known.device, dtype=known.dtype, observation_space=known.observation_space,
                            action_space=known.action_space, seed=known.seed))

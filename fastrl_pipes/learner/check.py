@@ -22,7 +22,8 @@ from ..errors import check_shape, message, shape_of
 from .optimizers import BasicOptStepper
 from ..loggers.collectors import EpisodeCollector, RollingTerminatedRewardCollector
 from ..pipes.context import Context
-from ..pipes.core import Fan, IterableSource, Pipe, Stage, named_pipes
+from ..pipes.core import Fan, IterableSource, Pipe, Stage
+from ..pipes.walk import named_pipes
 from ..pipes.graph import Flow, find_pipes, in_words
 
 # %% auto #0

@@ -19,7 +19,8 @@ from torch import nn
 from ..core import copied
 from ..errors import message
 from .script import TEMPLATES, Script, dotted_name, main_line, source_of
-from ..pipes.core import Pipe, named_pipes
+from ..pipes.core import Pipe
+from ..pipes.walk import named_pipes
 
 # %% auto #0
 __all__ = ['flatten']

@@ -15,7 +15,8 @@ from ..core import copied
 from ..errors import CheckpointError, message, shape_of
 from .checkpoint import load_checkpoint
 from .fits import _check_module
-from ..pipes.core import Pipe, named_pipes
+from ..pipes.core import Pipe
+from ..pipes.walk import named_pipes
 
 # %% auto #0
 __all__ = ['take_over']

@@ -27,7 +27,8 @@ from .profile import Profile, profile
 from ..loggers.recorder import Logger, Recorder
 from ..networks.calls import model_device, model_dtype
 from ..pipes.context import Context
-from ..pipes.core import Pipe, bind, named_modules, named_pipes, traverse
+from ..pipes.core import Pipe
+from ..pipes.walk import bind, named_modules, named_pipes, traverse
 from ..pipes.graph import Flow, describe, find_pipes, mermaid, pipe_to_device
 from ..pipes.guards import guard
 

@@ -38,7 +38,6 @@ class FitLoop:
         self.until = math.inf if env_steps is None else learner.env_steps + env_steps  # where the budget ends
         self._pressed = False  # was Ctrl-C?
         self._asked = False  # is the interrupt in the context our own, to get out of a warm-up?
-        self._look_up()
 
     def run(self) -> list[dict[str, float]]:  # one row per epoch
         "Learn. An interrupt saves a checkpoint; the loggers are told that it is over, whatever happens"

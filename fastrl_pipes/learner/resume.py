@@ -22,7 +22,8 @@ from .checkpoint import load_checkpoint, manifest_name, read_manifest, save_chec
 from .fits import check_fits
 from ..memory.replay_memory import ReplayMemory
 from ..memory.segments import check_rows_fit, load_rows
-from ..pipes.core import Pipe, named_modules, named_pipes
+from ..pipes.core import Pipe
+from ..pipes.walk import named_modules, named_pipes
 from ..pipes.graph import settings_in_words
 
 # %% auto #0

@@ -21,7 +21,8 @@ from torch import nn
 from ..core import spawn_seed
 from ..errors import message
 from .check import check_stack
-from ..pipes.core import Pipe, named_pipes
+from ..pipes.core import Pipe
+from ..pipes.walk import named_pipes
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'flattens', 'dotted_name', 'source_of', 'main_line', 'Script']

@@ -11,7 +11,8 @@ from ..envs.spaces import is_boxes
 from ..envs.stepper import GymStepper
 from ..errors import check_number, message
 from ..loggers.collectors import EpisodeCollector, RollingTerminatedRewardCollector
-from ..pipes.core import Pipe, as_pipe, traverse
+from ..pipes.core import Pipe, as_pipe
+from ..pipes.walk import traverse
 from ..pipes.graph import find_pipes
 from ..pipes.nstep import FirstLastMerger, NStepper
 

@@ -22,7 +22,8 @@ from .dataset_files import open_dataset
 from .replay_memory import ReplayMemory
 from .rows import LEARNING_FIELDS
 from ..pipes.context import Context
-from ..pipes.core import Pipe, bind
+from ..pipes.core import Pipe
+from ..pipes.walk import bind
 from ..pipes.nstep import FirstLastMerger, NStepper
 
 # %% auto #0

@@ -15,7 +15,8 @@ from .replay_memory import ReplayMemory, pack
 from .rows import RowLayout
 from ..pipes.context import Context
 from ..pipes.control import Repeat
-from ..pipes.core import Fan, Pipe, Stage, traverse
+from ..pipes.core import Fan, Pipe, Stage
+from ..pipes.walk import traverse
 from ..pipes.draws import generator_on
 
 # %% auto #0

@@ -18,7 +18,7 @@ from .experience_replay import ExperienceReplay, ReplaySampler
 from .replay_memory import ReplayMemory
 from ..pipes.control import Repeat
 from ..pipes.context import Context
-from ..pipes.core import traverse
+from ..pipes.walk import traverse
 from ..pipes.graph import find_pipes
 from ..pipes.nstep import FirstLastMerger, NSkipper, NStepper
 

@@ -19,7 +19,8 @@ from .experience_replay import ExperienceReplay, ReplaySampler, ReplayWriter, be
 from .replay_memory import ReplayMemory
 from .sumtree import SumTree
 from ..pipes.context import Context
-from ..pipes.core import Fan, traverse
+from ..pipes.core import Fan
+from ..pipes.walk import traverse
 
 # %% auto #0
 __all__ = ['SILENT', 'PrioritizedSampler', 'PrioritizedReplay']

@@ -21,7 +21,8 @@ from torch import nn
 from ..core import SimpleStep
 from ..errors import message, shape_of
 from .context import Context
-from .core import Pipe, bind, named_modules, named_pipes, traverse
+from .core import Pipe
+from .walk import bind, named_modules, named_pipes, traverse
 from .graph import _word, find_pipe, in_words, probe, settings_in_words
 from .rebuild import rebuild
 from .record import Record

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torchdata.nodes import BaseNode
 
-from ..core import SimpleStep, copied, leaves, map_leaves
-from ..errors import CheckpointError, message, shape_of, suggest
+from ..core import SimpleStep, leaves, map_leaves
+from ..errors import message, shape_of, suggest
 from .context import Context
+from .walk import bind, load_state, named_modules, named_pipes, snapshot, traverse
 
 # %% auto #0
-__all__ = ['Pipe', 'owned', 'Stage', 'Fan', 'IterableSource', 'Foreign', 'as_pipe', 'traverse', 'named_pipes', 'named_modules',
-           'bind', 'snapshot', 'load_state']
+__all__ = ['Pipe', 'owned', 'Stage', 'Fan', 'IterableSource', 'Foreign', 'as_pipe']
 
 # %% ../../nbs/pipes/00_core.ipynb #b39e04a8
 @functools.lru_cache(maxsize=None)
@@ -81,6 +81,10 @@ class Pipe(BaseNode):
     def sources(self) -> tuple[Pipe, ...]:
         "What this pipe pulls, in the order of its declaration"
         return tuple(s for name in self.SOURCES if (s := getattr(self, name)) is not None)
+
+    def inner(self) -> list[Pipe]:
+        "Pipes of ours below something that is not ours; see `Foreign`"
+        return []
 
     def rebuilt(self, *sources: Any, **changes: Any) -> Pipe:
         "The same pipe over other sources, with some settings changed; networks are shared, streams start anew"
@@ -343,98 +347,3 @@ def as_pipe(
         return IterableSource(source)
     raise TypeError(message(who, "source", f"is {shape_of(source)}", "a pipe, a torchdata node or an iterable of items",
                             "the source comes first"))
-
-# %% ../../nbs/pipes/00_core.ipynb #1b385a31
-def traverse(
-    pipe: Pipe,  # the head of a stack
-    through: bool = False,  # also the pipes below foreign nodes?
-) -> list[Pipe]:  # every pipe once
-    "Every pipe of the graph, sources before what pulls them; the head comes last"
-    order: dict[int, Pipe] = {}
-    _visit(pipe, through, order)
-    return list(order.values())
-
-
-def _visit(node, through, order):  # no closure: one that calls itself would hold the pipes until the next collection of garbage
-    if id(node) in order:
-        return
-    for source in node.sources:
-        _visit(source, through, order)
-    if through and isinstance(node, Foreign):
-        for inner in node.inner():
-            _visit(inner, through, order)
-    order[id(node)] = node
-
-# %% ../../nbs/pipes/00_core.ipynb #0f5f3cf7
-def named_pipes(
-    pipe: Pipe,  # the head of a stack
-) -> dict[str, Pipe]:  # name -> pipe, sources first
-    "Every pipe under a name of its own: the given one, else its class, numbered where that repeats"
-    named: dict[str, Pipe] = {}
-    pipes = traverse(pipe)
-    for p in pipes:
-        if p.name is not None and p.name in named:
-            raise ValueError(message(type(p).__name__, "name", f"is {p.name!r}", "a name that no other pipe of the stack has"))
-        if p.name is not None:
-            named[p.name] = p
-    result, seen = {}, {}
-    for p in pipes:
-        base, key = p.name or type(p).__name__, p.name
-        while key is None or (key in named and named[key] is not p):
-            seen[base] = seen.get(base, 0) + 1
-            key = base if seen[base] == 1 else f"{base}_{seen[base]}"
-        result[key] = p
-    return result
-
-
-def named_modules(
-    pipe: Pipe,  # the head of a stack
-) -> dict[str, Any]:  # "pipe.attribute" -> network or optimizer
-    "Every network and optimizer of the graph once, by identity, under the first pipe that declares it"
-    found: dict[int, tuple[str, Any]] = {}
-    for name, p in named_pipes(pipe).items():
-        for attribute, module in p.modules().items():
-            found.setdefault(id(module), (f"{name}.{attribute}", module))
-    return dict(found.values())
-
-# %% ../../nbs/pipes/00_core.ipynb #c7bccae4
-def bind(
-    pipe: Pipe,  # the head of a stack
-    context: Context | None = None,  # what is known from outside
-) -> Context:  # what is known now
-    "Tell every pipe of the graph what it needs to know, once. Raises ValueError on a conflict"
-    context = context or Context()
-    pipes = traverse(pipe, through=True)
-    for running in {id(p.context): p for p in pipes if p.started and p.context is not context}.values():
-        if context.recorder is not None and running.context.recorder not in (None, context.recorder):
-            raise ValueError(message(str(running), "context", "is that of another learner, which runs this stack", "a stack of its own", "build the stack again"))
-        context.announce(str(running), **{k: v for k, v in vars(running.context).items() if v is not None})
-    for p in pipes:
-        p.announce(context)
-    for p in pipes:
-        p.context = context
-        p.on_bind(context)
-    return context
-
-# %% ../../nbs/pipes/00_core.ipynb #504f275a
-def snapshot(
-    pipe: Pipe,  # the head of a stack
-) -> dict[str, Any]:  # as `get_state`, with memory of its own
-    "The state of a stack, kept"
-    return copied(pipe.get_state())
-
-
-def load_state(
-    pipe: Pipe,  # the head of a stack, bound
-    state: dict[str, Any],  # from `get_state` or `snapshot` of a stack of the same shape
-) -> None:
-    "Continue at a state; sources first. Raises CheckpointError where names do not fit"
-    pipes, modules = named_pipes(pipe), named_modules(pipe)
-    for kind, here in (("pipes", pipes), ("modules", modules)):
-        if there := set(state[kind]) ^ set(here):
-            raise CheckpointError(message(str(pipe), kind, f"of the state are {sorted(state[kind])}", f"{sorted(here)}",
-                                          f"{sorted(there)} stand on one side only"))
-    for name, module in modules.items():
-        module.load_state_dict(copied(state["modules"][name]))
-    for name, p in pipes.items():
-        p.set_own(copied(state["pipes"][name]))

@@ -15,7 +15,8 @@ from torch import nn
 
 from ..core import SimpleStep, leaves
 from ..errors import message
-from .core import Pipe, bind, named_modules, named_pipes, traverse
+from .core import Pipe
+from .walk import bind, named_modules, named_pipes, traverse
 
 # %% auto #0
 __all__ = ['find_pipes', 'find_pipe', 'Flow', 'probe', 'in_words', 'settings_in_words', 'describe', 'mermaid', 'pipe_to_device']

@@ -15,7 +15,8 @@ from torch import nn
 
 from ..core import leaves
 from ..errors import message
-from .core import Pipe, named_modules
+from .core import Pipe
+from .walk import named_modules
 from .watch import watched
 
 # %% auto #0

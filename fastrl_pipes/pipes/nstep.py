@@ -15,7 +15,8 @@ from ..core import MergedStep, SimpleStep, copied, map_leaves, take_rows
 from ..errors import CheckpointError, check_number, message, shape_of
 from ..functional.returns import nstep_return
 from .context import Context
-from .core import Fan, Stage, traverse
+from .core import Fan, Stage
+from .walk import traverse
 
 # %% auto #0
 __all__ = ['NStepper', 'NSkipper', 'FirstLastMerger', 'NStepFlattener']

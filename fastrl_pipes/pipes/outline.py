@@ -10,7 +10,8 @@ from itertools import zip_longest
 
 from .compare import Diff, diff
 from .control import Inlet
-from .core import Pipe, named_pipes
+from .core import Pipe
+from .walk import named_pipes
 
 # %% auto #0
 __all__ = ['outline', 'steps_between']

@@ -16,7 +16,8 @@ from ..errors import message
 from .ahead import Helper, Later, StandIns
 from .control import Inlet
 from .context import Context
-from .core import Pipe, traverse
+from .core import Pipe
+from .walk import traverse
 
 # %% auto #0
 __all__ = ['Prefetcher']

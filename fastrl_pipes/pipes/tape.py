@@ -17,7 +17,8 @@ from ..core import SimpleStep, copied
 from ..errors import check_number, message
 from .control import Inlet
 from .context import Context
-from .core import Pipe, Stage, bind, named_modules, named_pipes, traverse
+from .core import Pipe, Stage
+from .walk import bind, named_modules, named_pipes, traverse
 from .graph import find_pipe, in_words
 from .rebuild import downstream, rebuild
 from .record import Network, Record, kept

@@ -9,7 +9,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .core import Pipe, named_pipes
+from .core import Pipe
+from .walk import named_pipes
 
 # %% auto #0
 __all__ = ['watched', 'instead']

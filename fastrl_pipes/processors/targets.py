@@ -14,7 +14,8 @@ from ..errors import check_number, check_same_shape, message
 from ..functional.averaging import polyak_step
 from ..networks.targets import target_of
 from ..pipes.context import Context
-from ..pipes.core import Pipe, Stage, named_pipes
+from ..pipes.core import Pipe, Stage
+from ..pipes.walk import named_pipes
 from ..pipes.graph import find_pipes
 from .core import check_network
 
