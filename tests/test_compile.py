@@ -380,15 +380,41 @@ def test_a_graph_is_for_a_mode_and_a_width_whichever_came_before():
         assert len(call._graphs) == graphs
 
 
+def test_a_direct_step_takes_each_gradient_to_its_parameter():
+    one, two = (torch.nn.Linear(3, 2, dtype=torch.float64) for _ in range(2))
+    two.load_state_dict(one.state_dict())
+    groups = [{"params": [one.bias], "lr": 0.1}, {"params": [one.weight], "lr": 0.01}]  # not the order of the gradients
+    plain, opt, direct = torch.optim.Adam([{"params": [two.bias], "lr": 0.1}, {"params": [two.weight], "lr": 0.01}]), torch.optim.Adam(groups, fused=True), DirectStep([one.weight, one.bias])
+    for i in range(4):
+        grads = [torch.randn_like(one.weight), torch.randn_like(one.bias)]
+        (one.weight.grad, one.bias.grad), (two.weight.grad, two.bias.grad) = grads, grads
+        plain.step()
+        if not direct(opt, grads):
+            assert i == 0
+            opt.step()
+    torch.testing.assert_close([*one.parameters()], [*two.parameters()], rtol=1e-12, atol=0)
+
+
+def test_gradients_are_on_the_parameters_while_somebody_may_look():
+    net, seen = torch.nn.Linear(2, 1), []
+    pipe = BasicOptStepper([{"loss": net(torch.ones(1, 2)).sum(), "model": net} for _ in range(5)], net, 0.1)
+    assert next(pipe) and next(pipe) and net.weight.grad is None
+    handle = pipe.opt.register_step_pre_hook(lambda *_: seen.append(net.weight.grad.clone()))
+    assert next(pipe) and torch.equal(seen[0], torch.ones(1, 2)) and net.weight.grad is None
+    handle.remove()
+    assert next(pipe) and len(seen) == 1 and pipe.opt.state[net.weight]["step"] == 4
+
+
 def test_a_direct_step_notices_that_the_state_is_another():
     net = torch.nn.Linear(2, 2)
-    opt, direct = torch.optim.Adam(net.parameters(), fused=True), DirectStep()
+    params = list(net.parameters())
+    opt, direct = torch.optim.Adam(net.parameters(), fused=True), DirectStep(params)
 
     def step():
-        for p in net.parameters():
-            p.grad = torch.ones_like(p)
-        done = direct(opt)
+        done = direct(opt, [torch.ones_like(p) for p in params])
         if not done:
+            for p in params:
+                p.grad = torch.ones_like(p)
             opt.step()
         return done
     assert [step() for _ in range(3)] == [False, True, True]
@@ -398,7 +424,10 @@ def test_a_direct_step_notices_that_the_state_is_another():
     more = torch.nn.Parameter(torch.zeros(2))
     opt.add_param_group({"params": [more]})
     more.grad = torch.ones(2)
-    assert [step() for _ in range(2)] == [False, True] and opt.state[more]["step"] == 2 and opt.state[net.weight]["step"] == 4
+    assert [step() for _ in range(2)] == [False, False], "nobody gave a gradient for it"
+    opt.state.pop(more)
+    params.append(more)
+    assert [step() for _ in range(2)] == [False, True] and opt.state[more]["step"] == 2 and opt.state[net.weight]["step"] == 6
     assert more.abs().min() > 0
     opt.load_state_dict(opt.state_dict())
-    assert step() and opt.state[net.weight]["step"] == 5
+    assert step() and opt.state[net.weight]["step"] == 7

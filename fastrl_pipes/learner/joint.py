@@ -66,9 +66,7 @@ class JointOptStepper(BasicOptStepper):
         return [(places[id(p)], g) for p, g in zip((p for p in item["model"].parameters() if p.requires_grad), grads)]
 
     def _stepped(self):
-        for p, g in zip(self.params, self._sums):
-            p.grad = g
-        self._step()
+        self._step(self._sums)
         out = {"loss": self._total, "model": self.model, "stepped": True}
         JointOptStepper.restart(self)
         return () if self.filter else (out,)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,15 +47,16 @@ class BasicOptStepper(Fan):
         if not self.params:
             raise ValueError(message(str(self), "model", f"is a {type(model).__name__} without parameters to train", "a network that learns",
                                      "is it a target network?"))
-        self.opt, self._direct, self._inputs = _fused(opt, self.params, lr), DirectStep(), tuple(self.params)
+        self.opt, self._direct, self._inputs = _fused(opt, self.params, lr), DirectStep(self.params), tuple(self.params)
 
     def forward(self, item: Any) -> tuple:
         if not isinstance(item, dict) or "loss" not in item or not self._is_for_me(item):
             return (item,)
         loss = item["loss"]
-        for p, g in zip(self.params, item.get("grads") or self._gradients(loss)):
-            p.grad = g if self.do_zero_grad else g.clone() if p.grad is None else p.grad + g
-        self._step()
+        grads = item.get("grads") or self._gradients(loss)
+        if not self.do_zero_grad:
+            grads = [p.grad if g is None else g.clone() if p.grad is None else p.grad + g for p, g in zip(self.params, grads)]
+        self._step(grads)
         return () if self.filter else ({**item, "loss": loss.detach() if loss.requires_grad else loss, "stepped": True, "grads": None},)
 
     def compile(self, **options: Any) -> None:
@@ -63,9 +64,18 @@ class BasicOptStepper(Fan):
         if not has_direct_step(self.opt):
             warnings.warn(f"{self}: {type(self.opt).__name__} steps as before, expected torch.optim.Adam or AdamW with fused kernels and without hooks", stacklevel=3)
 
-    def _step(self):
-        if not self._direct(self.opt):
+    def _step(self, grads):
+        "`.grad` is where `Optimizer.step` and its hooks look; it stays only where gradients add up"
+        direct = self._direct(self.opt, grads)
+        if direct and self.do_zero_grad:
+            return
+        for p, g in zip(self.params, grads):
+            p.grad = g
+        if not direct:
             self.opt.step()
+        if self.do_zero_grad:
+            for p in self.params:
+                p.grad = None
 
     def _is_for_me(self, item):
         return item.get("model", self.model) is self.model and not item.get("stepped")
@@ -140,27 +150,29 @@ def _hooked(opt):
 class DirectStep:
     "The fused kernel of Adam, with lists of tensors that are put together once"
 
-    def __init__(self):
-        self._lists: list[tuple] = []  # of each group: kernel, parameters, averages, averages of squares, counts, the same in one place, settings
+    def __init__(
+        self,
+        params: list[torch.Tensor],  # those that gradients are given for
+    ):
+        self.params = params
+        self._lists: list[tuple] = []  # of each group: kernel, parameters, averages, averages of squares, counts, the same in one place, settings, places of its gradients
         self._of: Any = None  # the state they are from
         self._mark: Any = None  # the first tensor in it
         self._no_grad = NoGrad()
 
     def __call__(
         self,
-        opt: torch.optim.Optimizer,  # any
+        opt: torch.optim.Optimizer,  # any, of these parameters
+        grads: Sequence[torch.Tensor | None],  # one for each
     ) -> bool:  # has it stepped?
         "One step, where `has_direct_step`, the state is there and every parameter has a gradient. Source: Kingma and Ba 2015, Alg. 1"
-        if _hooked(opt) or not (self._is_current(opt) or self._gathered(opt)):
-            return False
-        grads = [[p.grad for p in params] for _, params, *_ in self._lists]
-        if any(g is None for part in grads for g in part):
+        if _hooked(opt) or any([g is None for g in grads]) or not (self._is_current(opt) or self._gathered(opt)):
             return False
         with self._no_grad:
-            for (kernel, params, first, second, steps, counts, group), part in zip(self._lists, grads):
+            for kernel, params, first, second, steps, counts, group, places in self._lists:
                 for i in range(len(counts)):
                     counts[i] += 1.0
-                kernel(params, part, first, second, [], steps, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"],
+                kernel(params, grads if places is None else [grads[i] for i in places], first, second, [], steps, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"],
                        amsgrad=False, maximize=False, grad_scale=None, found_inf=None)
         return True
 
@@ -170,16 +182,18 @@ class DirectStep:
 
     def _gathered(self, opt):
         "Put the lists together; False where this optimizer cannot be stepped by them, or not yet"
-        if not has_direct_step(opt) or any("step" not in opt.state.get(p, ()) for g in opt.param_groups for p in g["params"]):
+        place = {id(p): i for i, p in enumerate(self.params)}
+        if not has_direct_step(opt) or any(id(p) not in place or "step" not in opt.state.get(p, ()) for g in opt.param_groups for p in g["params"]):
             return False
         self._of, self._lists = opt.state, []
         for group in opt.param_groups:
             params = list(group["params"])
+            places = [place[id(p)] for p in params]
             first, second, steps = ([opt.state[p][k] for p in params] for k in ("exp_avg", "exp_avg_sq", "step"))
             together = torch.stack(steps)  # to count is one operation then, where it was one for each parameter; on a CPU it is none, because Python counts a few numbers faster than torch or NumPy adds
             steps = list(together)
             for p, step in zip(params, steps):
                 opt.state[p]["step"] = step
-            self._lists.append((_KERNELS[type(opt)], params, first, second, steps, memoryview(together.numpy()) if together.device.type == "cpu" else [together], group))
+            self._lists.append((_KERNELS[type(opt)], params, first, second, steps, memoryview(together.numpy()) if together.device.type == "cpu" else [together], group, None if places == list(range(len(self.params))) else places))
         self._mark = next(iter(opt.state.values()))["exp_avg"]
         return True
