@@ -53,10 +53,7 @@ class BasicOptStepper(Fan):
         if not isinstance(item, dict) or "loss" not in item or not self._is_for_me(item):
             return (item,)
         loss = item["loss"]
-        grads = item.get("grads") or self._gradients(loss)
-        if not self.do_zero_grad:
-            grads = [p.grad if g is None else g.clone() if p.grad is None else p.grad + g for p, g in zip(self.params, grads)]
-        self._step(grads)
+        self._step(item.get("grads") or self._gradients(loss))
         return () if self.filter else ({**item, "loss": loss.detach() if loss.requires_grad else loss, "stepped": True, "grads": None},)
 
     def compile(self, **options: Any) -> None:
@@ -65,14 +62,17 @@ class BasicOptStepper(Fan):
             warnings.warn(f"{self}: {type(self.opt).__name__} steps as before, expected torch.optim.Adam or AdamW with fused kernels and without hooks", stacklevel=3)
 
     def _step(self, grads):
-        "`.grad` is where `Optimizer.step` and its hooks look; it stays only where gradients add up"
-        direct = self._direct(self.opt, grads)
-        if direct and self.do_zero_grad:
-            return
+        if not (self.do_zero_grad and self._direct(self.opt, grads)):
+            self._step_in_the_open(grads)
+
+    def _step_in_the_open(self, grads):
+        "By `Optimizer.step`, which looks at `.grad`, as its hooks do. It stays there only where gradients add up"
         for p, g in zip(self.params, grads):
-            p.grad = g
-        if not direct:
-            self.opt.step()
+            if self.do_zero_grad:
+                p.grad = g
+            elif g is not None:
+                p.grad = g.clone() if p.grad is None else p.grad + g
+        self.opt.step()
         if self.do_zero_grad:
             for p in self.params:
                 p.grad = None
