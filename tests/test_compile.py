@@ -1,4 +1,5 @@
 """`learner.compile()`: the same parameters as without, for every learner of the package; to the bit when resumed; and what does not compile says so."""
+import copy
 import json
 import warnings
 from functools import partial
@@ -25,7 +26,7 @@ from fastrl_pipes.learner.resume import load_run
 from fastrl_pipes.networks.actor_critic import Actor, Critic
 from fastrl_pipes.networks.ensemble import Critics, Value
 from fastrl_pipes.networks.policies import GaussianActor
-from fastrl_pipes.pipes.compiled import _DECOMPOSED, CompiledCall, _narrow_products
+from fastrl_pipes.pipes.compiled import _DECOMPOSED, CompiledCall, _narrow_products, _unboxed
 from fastrl_pipes.pipes.walk import snapshot
 from fastrl_pipes.pipes.draws import Draws
 from fastrl_pipes.pipes.graph import find_pipe, find_pipes
@@ -403,6 +404,29 @@ def test_gradients_are_on_the_parameters_while_somebody_may_look():
     assert next(pipe) and torch.equal(seen[0], torch.ones(1, 2)) and net.weight.grad is None
     handle.remove()
     assert next(pipe) and len(seen) == 1 and pipe.opt.state[net.weight]["step"] == 4
+
+
+def test_gradients_that_add_up_are_stepped_by_the_kernel_as_torch_steps_them():
+    one = torch.nn.Linear(2, 1, dtype=torch.float64)
+    two, calls = copy.deepcopy(one), []
+    rows = torch.randn(5, 3, 2, dtype=torch.float64)
+    pipe = BasicOptStepper(({"loss": one(x).pow(2).sum(), "model": one} for x in rows), one, 0.1, do_zero_grad=False)
+    direct, opt = pipe._direct, torch.optim.Adam(two.parameters(), lr=0.1)
+    pipe._direct = lambda *args: calls.append(direct(*args)) or calls[-1]
+    for x in rows:
+        two(x).pow(2).sum().backward()
+        opt.step()
+        assert next(pipe)["stepped"]
+    torch.testing.assert_close([one.weight, one.bias, one.weight.grad], [two.weight, two.bias, two.weight.grad], rtol=1e-12, atol=0)
+    assert calls == [False, True, True, True, True]
+
+
+def test_cpp_calls_what_a_loss_is_made_of_and_python_a_policy(monkeypatch):
+    net, x, asked = torch.nn.Linear(3, 1), torch.randn(4, 3), []
+    monkeypatch.setattr("fastrl_pipes.pipes.compiled._compiled", lambda graph, example, options: asked.append(options["cpp_wrapper"]) or _unboxed(graph))
+    for stepped, options in ((net, {}), (None, {}), (net, {"cpp_wrapper": False}), (None, {"cpp_wrapper": True})):
+        CompiledCall(lambda x: net(x).pow(2).sum(), {"net": net}, stepped, **options)(x)
+    assert asked == [True, False, False, True]
 
 
 def test_a_direct_step_notices_that_the_state_is_another():

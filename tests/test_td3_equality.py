@@ -37,7 +37,7 @@ from fastrl_pipes.networks.actor_critic import Actor
 from fastrl_pipes.networks.targets import target_of
 from fastrl_pipes.pipes.control import Every
 from fastrl_pipes.pipes.context import Context
-from fastrl_pipes.pipes.walk import bind
+from fastrl_pipes.pipes.walk import bind, traverse
 from fastrl_pipes.pipes.graph import find_pipe
 from fastrl_pipes.processors import dpg
 from fastrl_pipes.processors.dpg import ActorLossProcessor, CriticLossProcessor
@@ -258,7 +258,6 @@ def targets_at_each_batch(head, actor, critic):
 
 
 def the_pipes(head):
-    from fastrl_pipes.pipes.walk import traverse
     return traverse(head)
 
 

@@ -23,7 +23,7 @@ from ..pipes.compiled import CompiledCall, Compiles, NotCompiled
 from ..pipes.control import Inlet
 from ..pipes.context import Context
 from ..pipes.core import Pipe, Stage
-from ..pipes.walk import traverse
+from ..pipes.walk import bind, traverse
 from ..pipes.draws import Draws
 from ..pipes.graph import find_pipe, find_pipes
 
@@ -328,7 +328,6 @@ class AgentHead(Pipe):
 
     def take_facts(self, context: Context | None) -> None:
         "Bind to what another context knows of spaces, device and dtype"
-        from fastrl_pipes.pipes.walk import bind
         known = context or Context()
         bind(self, Context(device=known.device, dtype=known.dtype, observation_space=known.observation_space,
                            action_space=known.action_space, seed=known.seed))

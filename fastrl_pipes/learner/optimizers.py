@@ -53,7 +53,8 @@ class BasicOptStepper(Fan):
         if not isinstance(item, dict) or "loss" not in item or not self._is_for_me(item):
             return (item,)
         loss = item["loss"]
-        self._step(item.get("grads") or self._gradients(loss))
+        grads = item.get("grads") or self._gradients(loss)
+        self._step(grads if self.do_zero_grad else self._summed(grads))
         return () if self.filter else ({**item, "loss": loss.detach() if loss.requires_grad else loss, "stepped": True, "grads": None},)
 
     def compile(self, **options: Any) -> None:
@@ -61,17 +62,21 @@ class BasicOptStepper(Fan):
         if not has_direct_step(self.opt):
             warnings.warn(f"{self}: {type(self.opt).__name__} steps as before, expected torch.optim.Adam or AdamW with fused kernels and without hooks", stacklevel=3)
 
+    def _summed(self, grads):
+        "Gradients that add up over steps, kept in `.grad`"
+        for p, g in zip(self.params, grads):
+            if g is not None:
+                p.grad = g.clone() if p.grad is None else p.grad + g
+        return [p.grad for p in self.params]
+
     def _step(self, grads):
-        if not (self.do_zero_grad and self._direct(self.opt, grads)):
+        if not self._direct(self.opt, grads):
             self._step_in_the_open(grads)
 
     def _step_in_the_open(self, grads):
-        "By `Optimizer.step`, which looks at `.grad`, as its hooks do. It stays there only where gradients add up"
+        "By `Optimizer.step`, which looks at `.grad`, as its hooks do"
         for p, g in zip(self.params, grads):
-            if self.do_zero_grad:
-                p.grad = g
-            elif g is not None:
-                p.grad = g.clone() if p.grad is None else p.grad + g
+            p.grad = g
         self.opt.step()
         if self.do_zero_grad:
             for p in self.params:
@@ -172,8 +177,8 @@ class DirectStep:
             for kernel, params, first, second, steps, counts, group, places in self._lists:
                 for i in range(len(counts)):
                     counts[i] += 1.0
-                kernel(params, grads if places is None else [grads[i] for i in places], first, second, [], steps, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"],
-                       amsgrad=False, maximize=False, grad_scale=None, found_inf=None)
+                kernel(params, [grads[i] for i in places], first, second, [], steps, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
+                       eps=group["eps"], amsgrad=False, maximize=False, grad_scale=None, found_inf=None)
         return True
 
     def _is_current(self, opt):
@@ -188,12 +193,12 @@ class DirectStep:
         self._of, self._lists = opt.state, []
         for group in opt.param_groups:
             params = list(group["params"])
-            places = [place[id(p)] for p in params]
             first, second, steps = ([opt.state[p][k] for p in params] for k in ("exp_avg", "exp_avg_sq", "step"))
             together = torch.stack(steps)  # to count is one operation then, where it was one for each parameter; on a CPU it is none, because Python counts a few numbers faster than torch or NumPy adds
             steps = list(together)
             for p, step in zip(params, steps):
                 opt.state[p]["step"] = step
-            self._lists.append((_KERNELS[type(opt)], params, first, second, steps, memoryview(together.numpy()) if together.device.type == "cpu" else [together], group, None if places == list(range(len(self.params))) else places))
+            counts = memoryview(together.numpy()) if together.device.type == "cpu" else [together]
+            self._lists.append((_KERNELS[type(opt)], params, first, second, steps, counts, group, [place[id(p)] for p in params]))
         self._mark = next(iter(opt.state.values()))["exp_avg"]
         return True

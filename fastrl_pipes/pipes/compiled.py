@@ -179,7 +179,7 @@ class CompiledCall:
             _narrow_products(graph.graph)
             needed = _without_unused(graph)
             example = [example[i] for i in needed]
-            call = _unboxed(graph) if self.backend == "eager" else _compiled(graph, example, {"cpp_wrapper": bool(steps) and _on_cpu(example), **self.options})
+            call = _unboxed(graph) if self.backend == "eager" else _compiled(graph, example, {"cpp_wrapper": bool(steps) and all(x.device.type == "cpu" for x in example), **self.options})
             call(list(example))
         self.seconds += time.perf_counter() - began
         n, m = len(held), len(held) + len(likes)
@@ -228,7 +228,7 @@ def _compiled(graph, example, options):
     from torch._inductor import compile_fx, config  # heavy, and not always needed
     made = []
     for node in graph.graph.nodes:
-        node.meta.pop("val", None)  # each with a world of made-up tensors of its own: the C++ around a graph wants one, and takes the example's
+        node.meta.pop("val", None)  # tracing left fake tensors, each of a mode of its own, which the C++ around a graph refuses; without them it takes the example
 
     def inner(module, inputs, **more):
         found = compile_fx.compile_fx_inner(module, inputs, **more)
@@ -242,10 +242,6 @@ def _compiled(graph, example, options):
         if len(found) == len(expected) and all(isinstance(f, torch.Tensor) and f.shape == e.shape for f, e in zip(found, expected)):
             return made[0][0]
     return _unboxed(whole)
-
-
-def _on_cpu(tensors):
-    return all(x.device.type == "cpu" for x in tensors)
 
 
 def _unboxed(call):
