@@ -1,7 +1,15 @@
 "What every test starts from: one thread of torch, as learners are fastest and most repeatable with, and denormals as they come."
 
+import gc
+
 import pytest
 import torch
+
+
+def pytest_collection_finish():
+    "What is there before the first test is not looked through again by each collection of garbage: it is much, and stays"
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

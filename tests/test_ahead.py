@@ -71,10 +71,10 @@ EARLIER: list = []  # threads of a test that failed, which its traceback holds
 def threads() -> list:
     until = time.monotonic() + 3
     while True:
-        gc.collect()
         found = [t for t in threading.enumerate() if isinstance(t, Ahead) and t not in EARLIER]
         if not found or time.monotonic() > until:
             return found
+        gc.collect()  # only then: it takes a while where many tests are loaded
         time.sleep(0.05)  # one that is at work still holds what it works for
 
 
