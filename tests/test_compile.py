@@ -213,7 +213,7 @@ def test_a_compiled_run_resumes_compiled_to_the_bit(tmp_path):
 
 
 def test_the_command_line_compiles_and_goes_on_compiled(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(CompiledCall.__init__, "__defaults__", (None, None, "eager"))  # no compiler: this is about the wiring
+    monkeypatch.setattr(CompiledCall.__init__, "__defaults__", (None, None, "eager", "auto"))  # no compiler: this is about the wiring
     run = ["train", "sac", "--env", "Pendulum-v1", "--preset", "none", "--hidden1", "8", "--hidden2", "8", "--bs", "8", "--warmup", "20", "--batches", "20", "--verdict-episodes", "1", "--out", str(tmp_path / "run")]
     assert main([*run, "--env-steps", "60", "--compile", "true"]) == 0
     assert "to compile." in capsys.readouterr().out

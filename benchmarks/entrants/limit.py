@@ -1,5 +1,7 @@
 """The limit: what cannot be left out. A bare environment step, and the matrix products of one update, each timed alone at its own shape with its operands hot. It imports nothing of fastrl_pipes.
 
+A product's time is that of the faster of the two libraries that PyTorch brings, its BLAS and oneDNN: on a processor that is not Intel's, the BLAS can take twice as long.
+
 `limit-cold` touches 8 MB of other memory before each product and leaves that time out: this is how an update meets its operands, because moments, targets and activations pass between two uses of a weight.
 No activation, no optimizer, no replay, no acting, nothing between two products. The critics of a pair are two products each. What a loss needs no gradient of is not counted: the critics' weights in the actor's loss, a first layer's input.
 """
@@ -61,14 +63,23 @@ def timed(call, n):
 
 
 def product(m, k, n, repeats, cold=False):
+    "The faster library, by the CPU's clock"
     left, right, out = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
+    calls = [lambda: torch.mm(left, right, out=out)]
+    if torch.backends.mkldnn.is_available():
+        calls.append(lambda: torch.ops.mkldnn._linear_pointwise(left, right.mT, None, "none", [], ""))
+    return min(seconds_of(call, repeats, cold) for call in calls)
+
+
+def seconds_of(call, repeats, cold):
     if not cold:
-        return timed(lambda: torch.mm(left, right, out=out), repeats)
+        return timed(call, repeats)
     other, cpu, wall = torch.zeros(2_000_000), 0.0, 0.0
+    call()
     for _ in range(repeats):
         other.add_(1.0)
         began, at = time.perf_counter(), time.process_time()
-        torch.mm(left, right, out=out)
+        call()
         cpu, wall = cpu + time.process_time() - at, wall + time.perf_counter() - began
     return cpu / repeats, wall / repeats
 

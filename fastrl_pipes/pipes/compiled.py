@@ -19,6 +19,7 @@ from torch import nn
 from ..core import NoGrad, SimpleStep, copied, map_leaves, mode_matters
 from ..errors import check_choice
 from .draws import Draws
+from .products import asks_onednn, by_onednn, lower_product
 
 # %% auto #0
 __all__ = ['CompiledCall', 'NotCompiled', 'Compiles']
@@ -84,10 +85,11 @@ class CompiledCall:
         stepped: nn.Module | None = None,  # the one whose gradient is wanted
         drawing: Draws | None = None,  # the pipe whose `normal` the function calls: numbers are drawn before, from its generator
         backend: str = "inductor",  # or "eager": the graph as it was traced, which is quickly made and no faster
+        products: str = "auto",  # who makes large products of float32 on a CPU: "blas", "onednn", or what is known to be faster on this processor
         **options: Any,  # of torch's compiler, as `torch.compile` takes them in `options`
     ):
         check_choice("CompiledCall", "backend", backend, ("inductor", "eager"))
-        self.backend = backend
+        self.backend, self.onednn = backend, asks_onednn("CompiledCall", products)
         self.fn, self.networks, self.stepped, self.drawing, self.options = fn, networks, stepped, drawing, options
         self.seconds = 0.0  # that tracing and compiling took
         self._graphs: dict[tuple, _Graph] = {}
@@ -179,7 +181,10 @@ class CompiledCall:
             _narrow_products(graph.graph)
             needed = _without_unused(graph)
             example = [example[i] for i in needed]
-            call = _unboxed(graph) if self.backend == "eager" else _compiled(graph, example, {"cpp_wrapper": bool(steps) and all(x.device.type == "cpu" for x in example), **self.options})
+            on_cpu = all(x.device.type == "cpu" for x in example)
+            if self.onednn and on_cpu and by_onednn(graph, example):
+                lower_product()
+            call = _unboxed(graph) if self.backend == "eager" else _compiled(graph, example, {"cpp_wrapper": bool(steps) and on_cpu, **self.options})
             call(list(example))
         self.seconds += time.perf_counter() - began
         n, m = len(held), len(held) + len(likes)
