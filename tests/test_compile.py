@@ -27,6 +27,7 @@ from fastrl_pipes.networks.actor_critic import Actor, Critic
 from fastrl_pipes.networks.ensemble import Critics, Value
 from fastrl_pipes.networks.policies import GaussianActor
 from fastrl_pipes.pipes.compiled import _DECOMPOSED, CompiledCall, _narrow_products, _unboxed
+from fastrl_pipes.pipes.products import by_onednn, has_onednn
 from fastrl_pipes.pipes.walk import snapshot
 from fastrl_pipes.pipes.draws import Draws
 from fastrl_pipes.pipes.graph import find_pipe, find_pipes
@@ -199,17 +200,38 @@ def test_a_whole_run_is_as_before():
 
 
 # --- resumed ---------------------------------------------------------------------------------------------------------
-def test_a_compiled_run_resumes_compiled_to_the_bit(tmp_path):
-    through = sac("Pendulum-v1", **SMALL).compile()
-    through.fit(env_steps=60)
+@pytest.mark.parametrize(("sizes", "options"), [({}, {}), pytest.param(dict(hidden1=64, hidden2=64, bs=128, warmup=130), {"products": "onednn"}, marks=pytest.mark.skipif(not has_onednn(), reason="this PyTorch was built without oneDNN"))], ids=["small", "oneDNN"])
+def test_a_compiled_run_resumes_compiled_to_the_bit(sizes, options, tmp_path, monkeypatch):
+    went = []
+    monkeypatch.setattr("fastrl_pipes.pipes.compiled.by_onednn", lambda graph, example: went.append(by_onednn(graph, example)) or went[-1])
+    through = sac("Pendulum-v1", **SMALL | sizes).compile(**options)
+    through.fit(env_steps=160)
     through.save(tmp_path)
     through.fit(env_steps=40)
-    again = load_run(tmp_path)
-    assert again.compiled
+    once = sum(went)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*compiled.*")
+        again = load_run(tmp_path)
+    assert again.compiled and again.compile_options == options
     again.fit(env_steps=40)
     expected, found = state_of(through), state_of(again)
     assert found.keys() == expected.keys() and all(torch.equal(torch.as_tensor(found[k]), torch.as_tensor(expected[k])) for k in expected)
     assert again.compile_seconds.keys() == through.compile_seconds.keys() and len(again.compile_seconds) == 4
+    assert sum(went) == 2 * once and (once > 0) == bool(options), "otherwise oneDNN had nothing to do"
+
+
+def test_a_run_goes_on_with_what_it_was_compiled_with_but_runs_no_words_of_a_checkpoint(tmp_path):
+    learner = sac("Pendulum-v1", **SMALL).compile(backend="eager", products="blas", **{"cpp.cxx": ("false",)})
+    learner.fit(env_steps=60)
+    learner.save(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["compile_options"] == {"backend": "eager", "products": "blas", "cpp.cxx": "('false',)"}
+    with pytest.warns(UserWarning, match=r"was compiled with .*cpp\.cxx.* and is with \{'backend': 'eager', 'products': 'blas'\} now, which may change"):
+        again = load_run(tmp_path)
+    assert again.compile_options == {"backend": "eager", "products": "blas"}
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "compile_options": ["backend"]}))
+    with pytest.warns(UserWarning, match=r"was compiled with \['backend'\]"):
+        assert load_run(tmp_path).compile_options == {}
 
 
 def test_the_command_line_compiles_and_goes_on_compiled(tmp_path, capsys, monkeypatch):

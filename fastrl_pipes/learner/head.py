@@ -61,6 +61,7 @@ class LearnerHead(Pipe):
         self.recorder = Recorder()
         self.interrupted = False  # did Ctrl-C end the latest fit?
         self.compiled = False  # does it work with compiled graphs? See `compile`
+        self.compile_options: dict[str, Any] = {}  # with which it was told to
         self.built_by: tuple | None = None  # name and settings of the registered builder that made it
         self.done = self.pulled = 0
         networks = [m for m in named_modules(self).values() if isinstance(m, nn.Module)]
@@ -146,6 +147,7 @@ class LearnerHead(Pipe):
         """Learn with compiled graphs from now on: each loss with its gradient, each network that acts, each optimizer's step. The stack stays as it is, and so do the numbers, but for rounding.
 
         What it takes is spent when the first batch passes. A pipe that does not compile warns, by name, and stays eager"""
+        self.compile_options = options
         if not options and self.context.device.type == "cuda":
             options = {"triton.cudagraphs": True}
         for pipe in traverse(self):  # the acting chain among them

@@ -22,7 +22,9 @@ from .checkpoint import load_checkpoint, manifest_name, read_manifest, save_chec
 from .fits import check_fits
 from ..memory.replay_memory import ReplayMemory
 from ..memory.segments import check_rows_fit, load_rows
+from ..pipes.compiled import BACKENDS
 from ..pipes.core import Pipe
+from ..pipes.products import PRODUCTS
 from ..pipes.walk import named_modules, named_pipes
 from ..pipes.graph import settings_in_words
 
@@ -104,7 +106,7 @@ def save_run(
     if why := inexact_because(state):
         warnings.warn(f"{head}.save: the environments begin new episodes when this checkpoint is loaded, all else continues to the bit ({why})", stacklevel=3)
     info = {"learner": str(head), "env_steps": head.recorder.env_steps, "epoch": head.recorder.epoch, "environments": "boundary" if why else "exact", "because": why, "compiled": head.compiled,
-            "run": run_of(head), "graph": graph_of(head)}
+            "compile_options": _plain(head.compile_options), "run": run_of(head), "graph": graph_of(head)}
     return save_checkpoint(folder, state, info, memories, keep)
 
 
@@ -193,6 +195,17 @@ def _check_graph(head, manifest):
             raise CheckpointError(message(f"{head}.load", name, f"is {str(there.get(name))[:300]} in the checkpoint", f"{here.get(name)}", "build the learner with the settings of the checkpoint"))
 
 
+def _plain(options):
+    "As JSON gives them back"
+    return {k: v if isinstance(v, (str, bool, int, float)) else repr(v) for k, v in options.items()}
+
+
+def _words(options):
+    "Those of a manifest that are words of ours. The others go to a compiler, which may run what they name: whoever wants them says so again"
+    known = {"backend": BACKENDS, "products": PRODUCTS}
+    return {k: options[k] for k, words in known.items() if options.get(k) in words} if isinstance(options, dict) else {}
+
+
 def _say_what_differs(head, state, manifest):
     said, then = [], manifest.get("versions") if isinstance(manifest.get("versions"), dict) else {}
     if why := inexact_because(state):
@@ -204,6 +217,8 @@ def _say_what_differs(head, state, manifest):
         said.append(f"torch has {torch.get_num_threads()} threads and had {str(manifest.get('threads'))[:20]}, which may change the last bits of sums")
     if bool(manifest.get("compiled")) != head.compiled:
         said.append(f"the run was {'compiled' if manifest.get('compiled') else 'not compiled'} and {'is' if head.compiled else 'is not'} now, which changes the last bits of sums")
+    elif head.compiled and (was := manifest.get("compile_options", {})) != (here := _plain(head.compile_options)):
+        said.append(f"the run was compiled with {str(was)[:200]} and is with {here} now, which may change the last bits of sums")
     if said:
         warnings.warn(f"{head}.load: {'; '.join(said)}", stacklevel=4)
 
@@ -232,7 +247,7 @@ def load_run(
                 raise
             raise CheckpointError(message("load_run", "settings", f"build no learner ({type(e).__name__}: {str(e)[:300]})", f"those of {algorithm.name}")) from e
     if manifest.get("compiled"):
-        learner.compile()
+        learner.compile(**_words(manifest.get("compile_options")))
     load_run_into(learner, folder, which, environments)
     return learner
 

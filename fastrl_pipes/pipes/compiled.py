@@ -22,9 +22,10 @@ from .draws import Draws
 from .products import asks_onednn, by_onednn, lower_product
 
 # %% auto #0
-__all__ = ['CompiledCall', 'NotCompiled', 'Compiles']
+__all__ = ['BACKENDS', 'CompiledCall', 'NotCompiled', 'Compiles']
 
 # %% ../../nbs/pipes/10_compiled.ipynb #4f4e8009
+BACKENDS = ("inductor", "eager")
 _aten = torch.ops.aten
 
 
@@ -88,7 +89,7 @@ class CompiledCall:
         products: str = "auto",  # who makes large products of float32 on a CPU: "blas", "onednn", or what is known to be faster on this processor
         **options: Any,  # of torch's compiler, as `torch.compile` takes them in `options`
     ):
-        check_choice("CompiledCall", "backend", backend, ("inductor", "eager"))
+        check_choice("CompiledCall", "backend", backend, BACKENDS)
         self.backend, self.onednn = backend, asks_onednn("CompiledCall", products)
         self.fn, self.networks, self.stepped, self.drawing, self.options = fn, networks, stepped, drawing, options
         self.seconds = 0.0  # that tracing and compiling took
