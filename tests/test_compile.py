@@ -234,6 +234,27 @@ def test_a_run_goes_on_with_what_it_was_compiled_with_but_runs_no_words_of_a_che
         assert load_run(tmp_path).compile_options == {}
 
 
+def test_a_run_with_onednn_goes_on_without_where_there_is_none(tmp_path, monkeypatch):
+    if not has_onednn():
+        pytest.skip("this PyTorch was built without oneDNN")
+    learner = sac("Pendulum-v1", **SMALL).compile(backend="eager", products="onednn")
+    learner.fit(env_steps=60)
+    learner.save(tmp_path)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.warns(UserWarning, match="was compiled with .*onednn.* and is with {'backend': 'eager'} now"):
+        again = load_run(tmp_path)
+    again.fit(env_steps=20)
+    assert again.compiled
+
+
+def test_an_option_that_nobody_has_is_refused_before_the_first_step():
+    learner = sac("Pendulum-v1", **SMALL)
+    with pytest.raises(LookupError, match=r"CompiledCall: field 'options' has 'prodcts', expected 'backend', 'products' or an option of torch's compiler; did you mean 'products'\?"):
+        learner.compile(prodcts="onednn")
+    assert not learner.compiled and learner.compile_options == {} and learner.recorder.env_steps == 0
+    assert learner.compile(products="blas", cpp_wrapper=False).compile_options == {"products": "blas", "cpp_wrapper": False}
+
+
 def test_the_command_line_compiles_and_goes_on_compiled(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(CompiledCall.__init__, "__defaults__", (None, None, "eager", "auto"))  # no compiler: this is about the wiring
     run = ["train", "sac", "--env", "Pendulum-v1", "--preset", "none", "--hidden1", "8", "--hidden2", "8", "--bs", "8", "--warmup", "20", "--batches", "20", "--verdict-episodes", "1", "--out", str(tmp_path / "run")]

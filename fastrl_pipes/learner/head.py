@@ -147,13 +147,11 @@ class LearnerHead(Pipe):
         """Learn with compiled graphs from now on: each loss with its gradient, each network that acts, each optimizer's step. The stack stays as it is, and so do the numbers, but for rounding.
 
         What it takes is spent when the first batch passes. A pipe that does not compile warns, by name, and stays eager"""
-        self.compile_options = options
-        if not options and self.context.device.type == "cuda":
-            options = {"triton.cudagraphs": True}
+        given = options or ({"triton.cudagraphs": True} if self.context.device.type == "cuda" else {})
         for pipe in traverse(self):  # the acting chain among them
             if pipe is not self and hasattr(pipe, "compile"):
-                pipe.compile(**options)
-        self.compiled = True
+                pipe.compile(**given)
+        self.compiled, self.compile_options = True, options
         return self
 
     @property

@@ -24,7 +24,7 @@ from ..memory.replay_memory import ReplayMemory
 from ..memory.segments import check_rows_fit, load_rows
 from ..pipes.compiled import BACKENDS
 from ..pipes.core import Pipe
-from ..pipes.products import PRODUCTS
+from ..pipes.products import PRODUCTS, has_onednn
 from ..pipes.walk import named_modules, named_pipes
 from ..pipes.graph import settings_in_words
 
@@ -202,7 +202,7 @@ def _plain(options):
 
 def _words(options):
     "Those of a manifest that are words of ours. The others go to a compiler, which may run what they name: whoever wants them says so again"
-    known = {"backend": BACKENDS, "products": PRODUCTS}
+    known = {"backend": BACKENDS, "products": PRODUCTS if has_onednn() else ("auto", "blas")}
     return {k: options[k] for k, words in known.items() if options.get(k) in words} if isinstance(options, dict) else {}
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..core import NoGrad, SimpleStep, copied, map_leaves, mode_matters
-from ..errors import check_choice
+from ..errors import check_choice, message, suggest
 from .draws import Draws
 from .products import asks_onednn, by_onednn, lower_product
 
@@ -90,6 +90,7 @@ class CompiledCall:
         **options: Any,  # of torch's compiler, as `torch.compile` takes them in `options`
     ):
         check_choice("CompiledCall", "backend", backend, BACKENDS)
+        _check_options(options)
         self.backend, self.onednn = backend, asks_onednn("CompiledCall", products)
         self.fn, self.networks, self.stepped, self.drawing, self.options = fn, networks, stepped, drawing, options
         self.seconds = 0.0  # that tracing and compiling took
@@ -205,6 +206,16 @@ class CompiledCall:
             for b, kept in zip(buffers, before):
                 b.copy_(kept)
         return [g is not None for g in grads], likes
+
+
+def _check_options(options):
+    "A misspelt one would leave every pipe eager, at the first batch"
+    if options:
+        from torch._inductor import config  # not light, and not always needed
+        known = config.get_config_copy()
+        for name in options:
+            if name not in known:
+                raise LookupError(message("CompiledCall", "options", f"has {name!r}", "'backend', 'products' or an option of torch's compiler", suggest(name, ["backend", "products", *known])))
 
 
 _PLACE = np.empty(0)

@@ -84,14 +84,15 @@ def by_onednn(
     "Large products of float32 go to oneDNN"
     ShapeProp(graph).propagate(*example)
     found = [n for n in graph.graph.nodes if n.target in (_aten.mm.default, _aten.bmm.default) and _is_large(n, smallest, side)]
+    call = graph.graph.call_function
     for node in found:
         x, weight = node.args
         with graph.graph.inserting_before(node):
             if node.target is _aten.mm.default:
-                new = graph.graph.call_function(product, (x, weight))
+                new = call(product, (x, weight))
             else:
-                parts = [graph.graph.call_function(product, tuple(graph.graph.call_function(_aten.select.int, (of, 0, i)) for of in (x, weight))) for i in range(_of(x).shape[0])]
-                new = graph.graph.call_function(_aten.stack.default, (parts, 0))
+                each = [(call(_aten.select.int, (x, 0, i)), call(_aten.select.int, (weight, 0, i))) for i in range(_of(x).shape[0])]
+                new = call(_aten.stack.default, ([call(product, pair) for pair in each], 0))
         node.replace_all_uses_with(new)
         graph.graph.erase_node(node)
     graph.recompile()
